@@ -1,0 +1,137 @@
+"""Fact sheets in YAML and their strict loader: `models/` has one file per public model.
+
+A file is data about the world and says where it comes from; a key that is unknown, missing or of
+the wrong type raises.  Imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxinfer.config import ModelConfig, RopeScaling, field_names, reject_unknown
+from jaxinfer.errors import ConfigError
+
+MODELS = Path(__file__).with_name("models")
+
+# Facts that a sheet must state although `ModelConfig` has a default.
+STATED = (
+    "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id", "eos_token_ids", "dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPreset:
+    """A public model without its weights.
+
+    source: its hub id, from whose config.json and generation_config.json the facts are.
+    architecture: the name of its class there.
+    num_parameters: weights it has; tied ones count once.
+    """
+
+    name: str
+    source: str
+    architecture: str
+    num_parameters: int
+    config: ModelConfig
+
+
+def model_presets() -> list[str]:
+    """The names of all presets."""
+    return sorted(path.stem for path in MODELS.glob("*.yaml"))
+
+
+def find_model_preset(name: str) -> str | None:
+    """The preset that is meant by a name, or by a hub id, in any case; None if there is none."""
+    wanted, names = name.lower(), model_presets()
+    if "/" not in name:
+        return wanted if wanted in names else None
+    # A hub id most often ends in the preset's name: look into that file first.
+    names.sort(key=lambda stem: stem != wanted.rpartition("/")[2])
+    for stem in names:
+        if str(_read(MODELS / f"{stem}.yaml").get("source")).lower() == wanted:
+            return stem
+    return None
+
+
+def load_model_preset(name: str) -> ModelPreset:
+    """Read a preset by name or hub id; raises `ConfigError` if there is none."""
+    stem = find_model_preset(name)
+    if stem is None:
+        known = model_presets()
+        close = difflib.get_close_matches(name.lower().rpartition("/")[2], known, n=3)
+        raise ConfigError(
+            f"there is no model preset {name!r}; "
+            + (f"close to it: {', '.join(close)}" if close else f"there are: {', '.join(known)}")
+        )
+    return _model_preset(MODELS / f"{stem}.yaml")
+
+
+def _model_preset(path: Path) -> ModelPreset:
+    values = _read(path)
+    own = [name for name in field_names(ModelPreset) if name not in ("name", "config")]
+    known = [*own, *field_names(ModelConfig)]
+    reject_unknown(str(path), values, known, ConfigError)
+    required = [field.name for field in dataclasses.fields(ModelConfig)
+                if field.default is dataclasses.MISSING]  # fmt: skip
+    for key in (*own, *required, *STATED):
+        if key not in values:
+            raise ConfigError(f"{path}: {key} is missing")
+    for key, kind, noun in (
+        ("source", str, "a hub id"), ("architecture", str, "a name"),
+        ("num_parameters", int, "a whole number"),
+    ):  # fmt: skip
+        if type(values[key]) is not kind:
+            raise ConfigError(f"{path}: {key} must be {noun}, got {values[key]!r}")
+    top = {key: values.pop(key) for key in own}
+    try:
+        return ModelPreset(name=path.stem, **top, config=_model_config(values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _model_config(values: dict[str, Any]) -> ModelConfig:
+    for key in ("eos_token_ids", "sliding_layers"):
+        if isinstance(values.get(key), list):
+            values[key] = tuple(values[key])
+    scaling = values.get("rope_scaling")
+    if isinstance(scaling, dict):
+        reject_unknown("rope_scaling", scaling, field_names(RopeScaling), ConfigError)
+        for key in field_names(RopeScaling)[:2]:
+            if key not in scaling:
+                raise ConfigError(f"rope_scaling.{key} is missing")
+        values["rope_scaling"] = RopeScaling(**scaling)
+    elif scaling is not None:
+        raise ConfigError(f"rope_scaling must be a mapping or null, got {scaling!r}")
+    return ModelConfig(**values)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML libraries silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = []  # a key may be anything, also what cannot be hashed
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key} stands twice", problem_mark=key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values")
+    return values

@@ -1,0 +1,292 @@
+"""The command line: `python -m jaxinfer generate`.
+
+Options are the fields of `EngineConfig` and `SamplingParams`, with the help of their docstrings.
+jax is imported only once all input was read and found good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import jaxinfer
+from jaxinfer import tasks
+from jaxinfer.config import EngineConfig, field_names
+from jaxinfer.errors import ConfigError, JaxinferError, RequestError, TokenizerError
+from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.tasks import Defaults, Lines, Task
+
+# Requests that the engine is given ahead of those that it works on.
+AHEAD = 1024
+# Fields that no option can give, and names that both classes have (the engine's keeps its name).
+WITHOUT_OPTION = {"EngineConfig.devices"}
+RENAMED = {"SamplingParams.seed": "sampling-seed"}
+
+DESCRIPTION = "Generate text for prompts, all batched together."
+EPILOG = f"""\
+{tasks.HELP}
+
+With --seed, each request's seed is made of that and its task_id.
+
+Exit codes: 0 all good, 1 a request or the engine failed, 2 bad options or input, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None, make_llm: Callable[..., Any] | None = None) -> int:
+    """Run the command; returns the exit code.  make_llm stands in for `LLM`, for tests."""
+    options = vars(_parser().parse_args(argv))
+    try:
+        return _generate(options, make_llm)
+    except KeyboardInterrupt:
+        again = "; the same command goes on from there" if options["output"] else ""
+        _say(f"interrupted{again}")
+        return 130
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ConfigError, RequestError) as error:
+        _say(f"error: {error}")
+        return 2
+    except (JaxinferError, OSError) as error:
+        _say(f"error: {error}")
+        return 1
+
+
+def _say(message: str) -> None:
+    print(f"jaxinfer: {message}", file=sys.stderr, flush=True)
+
+
+# -- options ----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m jaxinfer", description=jaxinfer.__doc__, formatter_class=as_written
+    )
+    parser.add_argument("--version", action="version", version=f"jaxinfer {jaxinfer.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate", help="generate text for prompts",
+        usage="python -m jaxinfer generate --model MODEL (--prompt TEXT | --prompts-file FILE) "
+        "[--output FILE] [options]", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=as_written, allow_abbrev=False,
+    )  # fmt: skip
+    add = generate.add_argument
+    add("--model", required=True, help='a folder, "demo", a preset\'s name or a hub id')
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    prompts.add_argument("--prompts-file", metavar="FILE", help="JSON Lines, see below")
+    add("--output", metavar="FILE", help="write results there as JSON Lines, and resume; see below")
+    add("--chat", action="store_true", help="prompts are what a user says to a chat model")
+    as_json = argparse.BooleanOptionalAction
+    add("--json", action=as_json, help="JSON Lines on standard output (default: if no terminal)")
+    _add_fields(generate.add_argument_group("engine"), EngineConfig)
+    _add_fields(generate.add_argument_group("sampling, where a line says no more"), SamplingParams)
+    return parser
+
+
+def _add_fields(group: Any, cls: type) -> None:
+    """One option for each field of a dataclass, absent from the result unless given."""
+    hints, texts = typing.get_type_hints(cls), _field_docs(cls)
+    for field in dataclasses.fields(cls):
+        name = f"{cls.__name__}.{field.name}"
+        if name in WITHOUT_OPTION:
+            continue
+        default: Any = field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        note = "" if default in (None, ()) else f" (default: {default})"
+        group.add_argument(
+            "--" + RENAMED.get(name, field.name).replace("_", "-"),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=(texts[field.name] + note).replace("%", "%%"),
+            **_how_to_read(hints[field.name]),
+        )
+
+
+def _how_to_read(hint: Any) -> dict[str, Any]:
+    """argparse's settings for a field of a type: plain, one or several, or else as JSON."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    kinds = list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
+    optional = type(None) in kinds
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    for kind, metavar in ((str, "TEXT"), (int, "N"), (float, "X")):
+        if Sequence[kind] in kinds:
+            return {"type": kind, "nargs": "+", "action": "extend", "metavar": metavar}
+        if kinds == [kind]:
+            return {"type": _or_none(kind) if optional else kind, "metavar": metavar}
+    return {"type": _json_value, "metavar": "JSON"}
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse names it in messages
+    return read
+
+
+def _json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Field name → its part of the class's docstring, whose entries begin with `name[, name]: `.
+
+    A field without an entry of its own is explained in the first that mentions it with a colon.
+    """
+    found = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", cls.__doc__ or "", re.MULTILINE)
+    entries = [(heads, " ".join(text.split())) for heads, text in found]
+    texts = {name: text for heads, text in entries for name in heads.split(", ")}
+    for name in set(field_names(cls)) - set(texts):
+        mentions = (f"{heads}: {text}" for heads, text in entries if f"{name}: " in text)
+        texts[name] = next(mentions, "")
+    return texts
+
+
+def _given(options: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """The fields of a dataclass that the options set."""
+    names = {f"{cls.__name__}.{name}": name for name in field_names(cls)}
+    return {names[key]: value for key, value in options.items() if key in names}
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was done."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+    def add(self, output: RequestOutput | None, error: str | None) -> None:
+        self.requests += 1
+        self.failed += error is not None
+        if output is not None and error is None:
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self.output_tokens += sum(len(out.token_ids) for out in output.outputs)
+
+    def summary(self, seconds: float, before: int) -> str:
+        notes = [f"{self.failed} failed"] * (self.failed > 0) + [f"{before} before"] * (before > 0)
+        note = f" ({', '.join(notes)})" if notes else ""
+        speed = self.output_tokens / max(seconds, 1e-9)
+        return (
+            f"{self.requests} requests{note}, {self.prompt_tokens} prompt and {self.output_tokens} "
+            f"output tokens in {seconds:.1f} s: {speed:.1f} output tokens/s"
+        )
+
+
+def _generate(options: dict[str, Any], make_llm: Callable[..., Any] | None) -> int:
+    engine, model = _given(options, EngineConfig), options["model"]
+    defaults = _check_options(options)
+    with contextlib.ExitStack() as stack:
+        done: set[int | str] = set()
+        write = _show
+        try:
+            digests = tasks.check_tasks(_tasks(options, defaults))
+            if options["output"]:
+                done = tasks.resume(Path(options["output"]), model, digests)
+                file = stack.enter_context(open(options["output"], "ab"))
+                lines = Lines(file, on_disk=True)
+                stack.callback(lines.sync)
+                write = lines.write
+        except OSError as error:
+            raise ConfigError(str(error)) from error
+        if not digests:
+            raise RequestError(f"{options['prompts_file']} has no prompts")
+        if len(done) == len(digests):
+            _say(f"nothing to do: {len(done)} of {len(digests)} requests are done")
+            return 0
+        as_json = not sys.stdout.isatty() if options["json"] is None else options["json"]
+        if as_json and not options["output"]:
+            write = Lines(sys.stdout.buffer, on_disk=False).write
+        if make_llm is None:
+            from jaxinfer.llm import LLM as make_llm  # jax, only now
+        llm = stack.enter_context(make_llm(model, **engine))
+        start, counts = time.monotonic(), Counts()
+        left = (task for task in _tasks(options, defaults) if task.task_id not in done)
+        with tqdm(
+            total=len(digests), initial=len(done), unit="request", leave=False,
+            disable=write is _show or not sys.stderr.isatty(),
+        ) as bar:  # fmt: skip
+            for task, output, error in _run(llm, left):
+                write(tasks.make_record(task, model, output, error))
+                counts.add(output, error)
+                bar.update()
+        _say(counts.summary(time.monotonic() - start, len(done)))
+    return 1 if counts.failed else 0
+
+
+def _check_options(options: Mapping[str, Any]) -> Defaults:
+    """What the options say of every request; raises `ConfigError` for any that is out of range."""
+    engine, sampling = _given(options, EngineConfig), _given(options, SamplingParams)
+    EngineConfig.from_dict(engine)
+    try:
+        SamplingParams.from_dict(sampling)
+    except (TypeError, ValueError, AttributeError) as error:  # JSON may be of any type
+        raise ConfigError(str(error)) from error
+    return Defaults(sampling, options["chat"], engine.get("seed"))
+
+
+def _tasks(options: Mapping[str, Any], defaults: Defaults) -> Iterator[Task]:
+    if options["prompts_file"] is not None:
+        return tasks.read_tasks(options["prompts_file"], defaults)
+    prompts = enumerate(options["prompt"])
+    return (tasks.make_task({"prompt": text}, number, defaults) for number, text in prompts)
+
+
+def _run(llm: Any, left: Iterator[Task]) -> Iterator[tuple[Task, RequestOutput | None, str | None]]:
+    """Feed the engine; yields each task with its output, or its error, as it is finished."""
+    running: dict[str, Task] = {}
+
+    def feed() -> Iterator[tuple[Task, None, str]]:
+        while len(running) < AHEAD and (task := next(left, None)) is not None:
+            try:
+                prompt = task.prompt if task.input_ids is None else task.input_ids
+                if task.messages is not None:
+                    prompt = llm.chat_prompt(task.messages)
+                running[llm.submit(prompt, task.params)] = task
+            except (RequestError, TokenizerError) as error:
+                yield task, None, str(error)
+
+    yield from feed()
+    for output in llm.run():
+        yield running.pop(output.request_id), output, output.error
+        yield from feed()
+
+
+def _show(record: dict[str, Any]) -> None:
+    """Print a record for people."""
+    if "error" in record:
+        print(f"=== {record['task_id']}: error: {record['error']}\n", flush=True)
+    for out in record["outputs"]:
+        sample = f", sample {out['index']}" if record["outputs"][1:] else ""
+        counts = f"{len(out['token_ids'])} tokens, {out['finish_reason']}"
+        print(f"=== {record['task_id']}{sample}: {counts}")
+        print(record.get("prompt", "") + out["text"] + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A step's inputs as arrays: packs a plan into padded shapes.  The buckets are those shapes.
+
+Every array is freshly made for its step and never written again: on CPU the device may read a
+NumPy argument after the call that passed it has returned.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import numpy as np
+from flax import struct
+
+from jaxinfer.errors import BucketError
+from jaxinfer.kernels.paged_attention import Rows
+from jaxinfer.sampling import SamplingRows, SamplingTable
+from jaxinfer.scheduler import Limits, Plan
+from jaxinfer.shapes import Leaf
+
+
+@struct.dataclass
+class Inputs:
+    """What the backbone reads: rows and positions; the tokens themselves are in the history.
+
+    slots_B: each row's row in the history.  selected_B: tokens whose hidden state is returned.
+    """
+
+    slots_B: Leaf
+    selected_B: Leaf
+    rows: Rows
+
+
+@struct.dataclass
+class Selection:
+    """What head and sampler read, one entry per selected token; see `sampling.sample`."""
+
+    slots_B: Leaf
+    positions_B: Leaf
+    targets_B: Leaf
+    features: Leaf
+    table: SamplingTable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed plan.  `selection` is None if the step samples nothing (a chunk inside a prompt)."""
+
+    inputs: Inputs
+    selection: Selection | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step, padding included."""
+        return len(self.inputs.rows.positions_T)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The compiled shapes: numbers of tokens for the backbone, of rows for head and sampler.
+
+    max_rows: rows of a backbone with more tokens than that; one with fewer has a row per token.
+    """
+
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    max_rows: int
+
+    @classmethod
+    def for_limits(cls, limits: Limits, deterministic: bool = False) -> Buckets:
+        """All sizes up to the limits; if deterministic one alone, and a row per token, so that
+        every token goes through the same operations whatever else is in the step."""
+        tokens, rows = limits.max_num_tokens, limits.max_batch_size
+        if deterministic:
+            return cls((tokens,), (rows,), max_rows=tokens)
+        return cls(bucket_sizes(tokens), bucket_sizes(rows, finest=32), max_rows=rows)
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Rows of the backbone that is compiled for this many tokens."""
+        return min(num_tokens, self.max_rows)
+
+
+def bucket_sizes(limit: int, finest: int = 8) -> tuple[int, ...]:
+    """Sizes up to `limit`: powers of two to `finest`, then four steps an octave.
+
+    Powers of two alone waste a quarter of the rows; four steps an octave waste under 8 %.
+    """
+    sizes, size = [], 1
+    while size < limit:
+        sizes.append(size)
+        size += size if size < finest else 2 ** (size.bit_length() - 1) // 4
+    return (*sizes, limit)
+
+
+def _fit(sizes: tuple[int, ...], count: int, what: str) -> int:
+    """The smallest compiled size that holds `count`."""
+    index = bisect_left(sizes, count)
+    if index == len(sizes):
+        raise BucketError(f"no program was compiled for {count} {what}; the nearest is {sizes[-1]}")
+    return sizes[index]
+
+
+def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
+    out = np.full((size, *values.shape[1:]), fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -> Batch:
+    """Pad a plan to the smallest buckets that hold it.
+
+    Padding rows use the dump slot, one past the last; padding tokens belong to the last row and are
+    told apart by `num_tokens`.
+    """
+    num_tokens = _fit(buckets.tokens, plan.num_tokens, "tokens")
+    num_rows = buckets.num_rows(num_tokens)
+    dump = limits.max_batch_size
+    offsets_B = np.cumsum(plan.lens_B) - plan.lens_B
+    rows_T = np.repeat(np.arange(len(plan.lens_B)), plan.lens_B)
+    positions_T = np.arange(plan.num_tokens) + (plan.starts_B - offsets_B)[rows_T]
+    if num_rows == num_tokens:  # a row per token
+        which, offsets_B, lens_B = rows_T, np.arange(plan.num_tokens), np.ones_like(rows_T)
+        rows_T, kv_lens_B, num_single = offsets_B, positions_T + 1, plan.num_tokens
+    else:
+        which, lens_B, num_single = slice(None), plan.lens_B, plan.num_single
+        kv_lens_B = plan.starts_B + plan.lens_B
+    inputs = Inputs(
+        slots_B=_padded(plan.slots_B[which], num_rows, dump),
+        selected_B=_padded(plan.selected_B, min(num_tokens, limits.max_batch_size)),
+        rows=Rows(
+            positions_T=_padded(positions_T, num_tokens),
+            rows_T=_padded(rows_T, num_tokens, num_rows - 1),
+            query_starts_B=_padded(offsets_B, num_rows),
+            query_lens_B=_padded(lens_B, num_rows),
+            kv_lens_B=_padded(kv_lens_B, num_rows),
+            page_table_BM=_padded(plan.tables_BM[which], num_rows),
+            num_tokens=np.int32(plan.num_tokens),
+            num_rows=np.int32(len(kv_lens_B)),
+            num_single=np.int32(num_single),
+        ),
+    )
+    if len(plan.selected_B) == 0:
+        return Batch(inputs, None)
+    num_selected = _fit(buckets.rows, len(plan.selected_B), "rows")
+    selection = Selection(
+        slots_B=_padded(plan.selected_slots_B, num_selected, dump),
+        positions_B=_padded(plan.selected_positions_B, num_selected),
+        targets_B=_padded(plan.targets_B, num_selected, 0),
+        features=np.bitwise_or.reduce(sampling.features_B[plan.selected_slots_B]),
+        table=sampling.table(),
+    )
+    return Batch(inputs, selection)

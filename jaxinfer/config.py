@@ -1,0 +1,228 @@
+"""What a model is (`ModelConfig`) and how it is to be run (`EngineConfig`).  Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from jaxinfer.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_TYPES = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,),
+    "tuple[int, ...]": (tuple,),
+}  # fmt: skip
+SCHEDULING_POLICIES = ("guaranteed_no_evict", "max_utilization")
+
+
+def reject_unknown(owner: str, given: Any, known: Any, error: type[Exception]) -> None:
+    """Raise `error` for the first key of `given` that is not in `known`, with the closest match."""
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}"
+            raise error(f"{owner} has no field {key!r}; {hint}")
+
+
+def field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def _positive(config: object, *names: str) -> None:
+    """Raise `ConfigError` unless the named fields are None or whole numbers above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value <= 0 or value is True):
+            raise ConfigError(
+                f"{type(config).__name__}.{name} must be a whole number above 0, got {value!r}"
+            )
+
+
+def _check_types(config: Any) -> None:
+    """Raise `ConfigError` unless each field holds what it is declared as, and finite numbers."""
+    nouns = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+    for field in dataclasses.fields(config):
+        value: Any = getattr(config, field.name)
+        declared = str(field.type)
+        kind = declared.removesuffix(" | None")
+        if kind not in _TYPES or (value is None and kind != declared):
+            continue
+        good = type(value) in _TYPES[kind]
+        if kind == "tuple[int, ...]":
+            good = good and all(type(item) is int for item in value or ())
+        elif kind == "float":
+            good = good and math.isfinite(value or 0)
+        if not good:
+            noun = nouns.get(kind, "a tuple of whole numbers")
+            raise ConfigError(f"{type(config).__name__}.{field.name} must be {noun}, got {value!r}")
+
+
+def _one_of(config: object, name: str, known: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in known:
+        raise ConfigError(
+            f"{type(config).__name__}.{name} must be one of {', '.join(known)}, got {value!r}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context length of pre-training.
+
+    kind: "linear" (all frequencies divided by `factor`; arXiv:2306.15595) or "llama3" (low
+        frequencies divided, high ones kept, smooth in between; the Llama 3.1 model card).
+    original_max_position_embeddings: context length of pre-training, in tokens.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", ("linear", "llama3"))
+        _check_types(self)
+        if self.factor < 1:
+            raise ConfigError(f"RopeScaling.factor must be at least 1, got {self.factor!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The facts of a decoder-only model that its mathematics depends on.
+
+    sliding_window: a token attends to this many latest positions, itself included; None: to all.
+    sliding_layers: indices of the layers that use the window; None: all of them.
+    dtype: the checkpoint's own number format.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+            "num_kv_heads", "head_dim", "max_position_embeddings", "sliding_window",
+        )  # fmt: skip
+        _one_of(self, "dtype", DTYPES)
+        _check_types(self)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"ModelConfig.head_dim must be even for RoPE, got {self.head_dim}")
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer, in tokens, or None."""
+        slides = self.sliding_layers is None or layer in self.sliding_layers
+        return self.sliding_window if slides else None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis letter → size, for every axis that the model alone determines."""
+        group = self.num_heads // self.num_kv_heads
+        return {
+            "L": self.num_layers, "D": self.hidden_size, "F": self.intermediate_size,
+            "V": self.vocab_size, "N": self.num_heads, "K": self.num_kv_heads, "G": group,
+            "H": self.head_dim, "U": group + 2, "W": 2,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is run.  The fields are the keyword arguments of `LLM`.
+
+    dtype: number format of weights and activations; "auto": the checkpoint's, float32 on CPU.
+    kv_cache_dtype: number format of the KV cache; "auto": `dtype`.
+    load_format: "auto" reads the weights of the model folder; "dummy" draws random ones.
+    seed: seeds the dummy weights and draws the seeds of requests that bring none; None: from the
+        operating system.
+    tokenizer: folder of the tokenizer, if it is not the model's own.
+    skip_tokenizer_init: work on token ids alone; `text` stays empty, strings are refused.
+    max_batch_size: most requests in one step; None: 32 on CPU, 256 elsewhere.
+    max_num_tokens: most tokens in one step, prompts' chunks included; None: 256 on CPU, 2048
+        elsewhere.
+    max_seq_len: longest prompt plus output, in tokens; None: the model's limit, or what the KV
+        cache holds if that is less.
+    page_size: token slots in a page of the KV cache; None: 32.
+    num_pages: pages of the KV cache, the dump page included; None: sized from the memory.
+    free_memory_fraction: share of the device memory left after the weights that the KV cache may
+        take.
+    enable_prefix_caching: requests reuse the cached pages of a common prefix.
+    scheduling_policy: "guaranteed_no_evict" admits a request only if all its pages are sure to be
+        there; "max_utilization" admits by present need and preempts (recomputes) when pages end.
+    tensor_parallel_size: devices that each layer is split over.
+    devices: the jax devices to use; None: the first ones present.
+    overlap: plan the next step while the device runs the current one.
+    deterministic: one bucket for all steps, so results are bit-identical in any company.
+    """
+
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    load_format: str = "auto"
+    seed: int | None = None
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+    max_seq_len: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    free_memory_fraction: float = 0.9
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "guaranteed_no_evict"
+    tensor_parallel_size: int = 1
+    devices: tuple[Any, ...] | None = None
+    overlap: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "max_batch_size", "max_num_tokens", "max_seq_len", "page_size", "num_pages",
+            "tensor_parallel_size",
+        )  # fmt: skip
+        _one_of(self, "dtype", ("auto", *DTYPES))
+        _one_of(self, "kv_cache_dtype", ("auto", *DTYPES))
+        _one_of(self, "load_format", ("auto", "dummy"))
+        _one_of(self, "scheduling_policy", SCHEDULING_POLICIES)
+        if not 0 < self.free_memory_fraction <= 1:
+            raise ConfigError(
+                "EngineConfig.free_memory_fraction must be above 0 and at most 1, got "
+                f"{self.free_memory_fraction!r}"
+            )
+        if self.num_pages is not None and self.num_pages < 2:
+            raise ConfigError(
+                "EngineConfig.num_pages must be at least 2: page 0 is the dump page for padding"
+            )
+        if self.devices is not None:
+            object.__setattr__(self, "devices", tuple(self.devices))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from keyword arguments; raises `ConfigError` for an unknown one."""
+        reject_unknown("EngineConfig", values, field_names(cls), ConfigError)
+        return cls(**values)

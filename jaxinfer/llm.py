@@ -1,0 +1,485 @@
+"""`LLM`: text in, text out.  Owns the weights, the state and the scheduler, and runs the loop."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxinfer import shardings
+from jaxinfer.asynchronous import AsyncRequest
+from jaxinfer.batch import Buckets, pack
+from jaxinfer.config import EngineConfig
+from jaxinfer.errors import EngineClosedError, RequestError
+from jaxinfer.interrupts import interrupts_held
+from jaxinfer.loading import load
+from jaxinfer.output import Collector, TokenLogprobs
+from jaxinfer.pages import Pages
+from jaxinfer.request import CompletionOutput, Request, RequestOutput, SamplingParams
+from jaxinfer.sampling import Sampled, SamplingRows
+from jaxinfer.scheduler import Plan, Scheduler
+from jaxinfer.step import Step
+from jaxinfer.validation import make_requests
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A loaded model that generates.
+
+    model: a local folder in Hugging Face layout, "demo", the name of a preset in `configs/models`
+        (with `load_format="dummy"`), or a hub id; tried in this order.
+    engine: the fields of `EngineConfig`.
+
+    Raises `ConfigError`, `CheckpointError`, `TokenizerError` or `InsufficientMemoryError`, each
+    naming what is at fault.  Use it as a context manager, or call `close()`.
+    """
+
+    def __init__(self, model: str | Path, **engine: Any):
+        self.engine_config = EngineConfig.from_dict(engine)
+        loaded = load(model, self.engine_config)
+        self.model_config, self.tokenizer = loaded.config, loaded.tokenizer
+        self.limits, self.memory = loaded.sizes.limits, loaded.sizes.memory
+        self.scheduler = Scheduler(
+            self.limits,
+            Pages(loaded.sizes.num_pages, self.limits.page_size),
+            self.engine_config.scheduling_policy,
+            self.engine_config.enable_prefix_caching,
+        )
+        whole = shardings.replicated(loaded.mesh)
+        self._sampling = SamplingRows(
+            self.limits.max_batch_size + 1, lambda array: jax.device_put(array, whole)
+        )
+        self.step = Step(
+            self.model_config,
+            loaded.mesh,
+            self.limits,
+            Buckets.for_limits(self.limits, self.engine_config.deterministic),
+            loaded.sizes.num_pages,
+            loaded.dtype,
+            loaded.cache_dtype,
+        )
+        self._weights = loaded.weights
+        self._state = self.step.initial_state()
+        self.step.compile(self._weights, self._sampling.table())
+        self._lock = threading.RLock()
+        self._closed: str | None = None  # why it cannot be used any more
+        self._pending: tuple[Plan, Sampled | None] | None = None
+        self._live: dict[str, Collector] = {}
+        self._done: list[Collector] = []  # finished, submitted for `run` to report
+        self._arrivals = itertools.count()
+        self._rng = np.random.default_rng(self.engine_config.seed)
+        self._counts = dict.fromkeys(
+            ("steps", "prompt_tokens", "generated_tokens", "scheduled_tokens", "padded_tokens"), 0
+        )
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """One turn of the loop; call it while there is work.
+
+        While the device runs a step, the host plans and dispatches the next, and only then reads
+        the first one's tokens.  At most two steps are in flight.
+        """
+        scheduler = self.scheduler
+        plan, done = scheduler.plan(), self._pending  # which tokens of which requests run now
+        self._pending = None
+        if plan:
+            for request in plan.admitted:
+                self._admit(request)
+            batch = pack(plan, self.step.buckets, self.limits, self._sampling)
+            self._state, sampled = self.step(self._weights, self._state, batch)
+            self._pending = plan, sampled
+            self._count(plan, batch.num_tokens)
+        if not self.engine_config.overlap and self._pending:
+            done, self._pending = self._pending, None
+        if done:
+            self._commit(*done)
+
+    def _admit(self, request: Request) -> None:
+        """Place what the device must know of a request that got a slot."""
+        self._sampling.set(request.slot, request)
+        self._state = self.step.admit(self._state, request.slot, request.known_token_ids)
+
+    def _commit(self, plan: Plan, sampled: Sampled | None) -> None:
+        """Read a step's tokens and hand them to the scheduler and to their collectors."""
+        count = len(plan.selected_B)
+        tokens_B = np.asarray(sampled.tokens_B)[:count] if sampled else np.zeros(0, np.int32)
+        commit = self.scheduler.commit(plan, tokens_B)
+        logprobs = None
+        if sampled and any(_wants_logprobs(request.params) for request, _ in commit.news):
+            logprobs = TokenLogprobs(
+                np.asarray(sampled.logprobs_B), np.asarray(sampled.ranks_B),
+                np.asarray(sampled.top_ids_BC), np.asarray(sampled.top_logprobs_BC),
+            )  # fmt: skip
+        for request, entry in commit.news:
+            scored = bool(plan.targets_B[entry] >= 0)
+            collector = self._live[request.request_id]
+            stop = collector.accept(request, int(tokens_B[entry]), scored, logprobs, entry)
+            if stop is not None:
+                if request.finish_reason is None:
+                    commit.finished.append(request)
+                    self.scheduler.finish(request, "stop", stop)
+                request.finish_reason, request.stop_reason = "stop", stop
+        for request in commit.finished:
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        collector = self._live[request.request_id]
+        collector.finish(request)
+        self._counts["generated_tokens"] += len(request.token_ids)
+        if collector.output.finished:
+            del self._live[request.request_id]
+            if collector.reported:
+                self._done.append(collector)
+
+    def _advance(self) -> None:
+        """Run one turn for whoever pulls; a failure on the device ends all requests."""
+        with self._lock, interrupts_held():
+            self._check_open()
+            try:
+                self._turn()
+            except Exception as error:
+                self._closed = f"a step failed: {error}"
+                raise EngineClosedError(
+                    f"a step failed on the device, and its state is gone with it: {error}"
+                ) from error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError(f"this LLM cannot be used any more: {self._closed}")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._pending is not None
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue one prompt and return its id; `run` works on it and yields its output.
+
+        priority: lower numbers go first.
+        Raises `RequestError` if the prompt or its parameters cannot be served.
+        """
+        collector = self._submit(prompt, params, priority=priority, request_id=request_id)
+        collector.reported = True
+        return collector.output.request_id
+
+    def run(self) -> Iterator[RequestOutput]:
+        """Work until nothing is left; yields the output of each submitted prompt as it finishes."""
+        while True:
+            yield from self._take_done()
+            if not self.has_work:
+                return
+            self._advance()
+
+    def _take_done(self) -> list[RequestOutput]:
+        with self._lock:
+            done, self._done = self._done, []
+            return [collector.output for collector in done]
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with finish_reason "cancelled"; False if it is not running or waiting."""
+        with self._lock:
+            collector = self._live.get(request_id)
+            if collector is None:
+                return False
+            for request in collector.requests:
+                if request.finish_reason is None:
+                    self.scheduler.finish(request, "cancelled")
+                    self._finish(request)
+            return True
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        streamed: bool = False,
+        scored: bool = False,
+    ) -> Collector:
+        with self._lock:
+            self._check_open()
+            params = SamplingParams() if params is None else params
+            request_id = f"request-{next(self._arrivals)}" if request_id is None else request_id
+            if request_id in self._live:
+                raise RequestError(f"request_id {request_id!r} is already in use")
+            seed = int(self._rng.integers(2**63)) if params.seed is None else params.seed
+            requests = make_requests(
+                prompt, params, self.model_config, self.limits, self.scheduler.pages.capacity,
+                self.tokenizer, request_id=request_id, seed=seed, priority=priority, scored=scored,
+            )  # fmt: skip
+            ids = requests[0].prompt_token_ids.tolist()
+            text = prompt if isinstance(prompt, str) else None
+            output = RequestOutput(request_id, text, ids, [], finished=False)
+            output.metrics.arrival_time = time.monotonic()
+            collector = Collector(output, params, requests, self.tokenizer)
+            self._live[request_id] = collector
+            for request in requests:
+                request.arrival = next(self._arrivals)
+                request.watched |= streamed
+                self.scheduler.add(request)
+            self._counts["prompt_tokens"] += len(ids)
+            return collector
+
+    def _finish_all(self, collectors: list[Collector], progress: bool) -> None:
+        """Work until these are finished; whatever stops that before its time cancels them."""
+        try:
+            with tqdm(
+                total=len(collectors), desc="generating", unit="prompt", disable=not progress
+            ) as bar:
+                while (left := sum(not c.output.finished for c in collectors)) > 0:
+                    bar.update(len(collectors) - left - bar.n)
+                    self._advance()
+                bar.update(len(collectors) - bar.n)
+        finally:
+            for collector in collectors:
+                if not collector.output.finished:
+                    self.cancel(collector.output.request_id)
+
+    def _generate_list(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        priority: Sequence[int],
+        progress: bool,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """One output a prompt, in order; a bad prompt's output carries its error."""
+        outputs: list[RequestOutput] = []
+        collectors = []
+        for prompt, param, rank in zip(prompts, params, priority, strict=True):
+            try:
+                collectors.append(self._submit(prompt, param, priority=rank, **options))
+                outputs.append(collectors[-1].output)
+            except RequestError as error:
+                outputs.append(_error_output(f"request-{next(self._arrivals)}", prompt, error))
+        self._finish_all(collectors, progress)
+        return outputs
+
+    # -- what callers use ---------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        prompts: str | list[int],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        use_tqdm: bool | None = None,
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *,
+        priority: Any = 0,
+        use_tqdm: bool | None = None,
+    ) -> Any:
+        """Generate for one prompt or for a list of them, batched as the engine sees fit.
+
+        prompts: a string, a list of token ids, or a list of either.
+        sampling_params, priority: one for all, or one per prompt.
+        use_tqdm: progress bar; None: for more than 16 prompts.
+
+        Returns a `RequestOutput` for one prompt, else a list in the order of the prompts.  In a
+        list a prompt that cannot be served gets an output with `error` set, and the others run.
+
+        Raises `RequestError` if the one prompt is bad, or the lists differ in length.
+        """
+        if _is_one(prompts):
+            collector = self._submit(prompts, sampling_params, priority=priority)
+            self._finish_all([collector], bool(use_tqdm))
+            return collector.output
+        params = _per_prompt("sampling_params", sampling_params, prompts)
+        ranks = _per_prompt("priority", priority, prompts)
+        progress = len(prompts) > 16 if use_tqdm is None else use_tqdm
+        return self._generate_list(prompts, params, ranks, progress)
+
+    def chat(self, messages, sampling_params=None, **template_options):
+        """Generate the next message of one conversation, or of each in a list of them.
+
+        messages: `[{"role": "user", "content": "…"}, …]`.  template_options: for the template.
+        Raises `TokenizerError` if the tokenizer has no chat template or the template refuses.
+        """
+        if messages and isinstance(messages[0], dict):
+            return self.generate(self.chat_prompt(messages, **template_options), sampling_params)
+        prompts = [self.chat_prompt(each, **template_options) for each in messages]
+        return self.generate(prompts, sampling_params)
+
+    def chat_prompt(self, messages: list[dict[str, Any]], **template_options: Any) -> list[int]:
+        """Token ids of a conversation, up to where the next message begins."""
+        if self.tokenizer is None:
+            raise RequestError("chat needs a tokenizer, but skip_tokenizer_init=True")
+        text = self.tokenizer.apply_chat_template(messages, **template_options)
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Generator[RequestOutput]:
+        """Yield the output whenever it has grown: `text` so far and `text_diff` since the last one.
+
+        Text is given out only when it is final: no part of a character, no part of a stop string.
+        Several streams may be open; whichever is pulled drives all.  Closing one cancels its
+        request.
+        """
+        collector = self._submit(
+            prompt, sampling_params, priority=priority, request_id=request_id, streamed=True
+        )
+
+        def outputs() -> Generator[RequestOutput]:
+            try:
+                while not collector.output.finished:
+                    if not collector.has_news:
+                        self._advance()
+                    elif not collector.output.finished:
+                        yield collector.take_news()
+                yield collector.take_news()
+            finally:
+                self.cancel(collector.output.request_id)
+
+        return outputs()
+
+    def generate_async(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        streaming: bool = False,
+    ) -> AsyncRequest:
+        """Queue a prompt from an event loop: `await` it for the final output, or `async for` over
+        it for the growing one (with streaming=True).  Cancelling the task cancels the request."""
+        collector = self._submit(
+            prompt,
+            sampling_params,
+            priority=priority,
+            request_id=request_id,
+            streamed=streaming,
+        )
+        return AsyncRequest(collector, self._advance, self.cancel)
+
+    def score(self, prompts):
+        """Log-probability of every token of a text or id list given those before it.
+
+        Returns, for one prompt, a list with None for the first token; for a list, a list of lists.
+        Raises `RequestError` for a bad prompt.
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        one = _is_one(prompts)
+        many = [prompts] if one else list(prompts)
+        count = len(many)
+        outputs = self._generate_list(many, [params] * count, [0] * count, count > 16, scored=True)
+        scores = []
+        for output in outputs:
+            if output.error is not None:
+                raise RequestError(output.error)
+            assert output.prompt_logprobs is not None
+            scores.append([
+                None if found is None else found[token].logprob
+                for token, found in zip(
+                    output.prompt_token_ids, output.prompt_logprobs, strict=True
+                )
+            ])  # fmt: skip
+        return scores[0] if one else scores
+
+    # -- the engine's own affairs --------------------------------------------------------------
+
+    def _count(self, plan: Plan, padded_to: int) -> None:
+        self._counts["steps"] += 1
+        self._counts["scheduled_tokens"] += plan.num_tokens
+        self._counts["padded_tokens"] += padded_to - plan.num_tokens
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start, the present load, and memory by component in bytes."""
+        return {
+            **self._counts,
+            "running": self.scheduler.num_running,
+            "waiting": self.scheduler.num_waiting,
+            "preemptions": self.scheduler.num_preemptions,
+            **self.scheduler.pages.stats(),
+            "page_size": self.limits.page_size,
+            "compile_seconds": self.step.compile_seconds,
+            "memory_bytes": {
+                "weights": self.memory.weights,
+                "workspace": self.memory.workspace,
+                "kv_cache": self.memory.kv_cache,
+            },
+        }
+
+    def close(self) -> None:
+        """Cancel what is left and free the device memory.  The LLM cannot be used afterwards."""
+        with self._lock:
+            if self._closed is None:
+                for request_id in list(self._live):
+                    self.cancel(request_id)
+            self._closed = self._closed or "close() was called"
+            self._pending = None
+            for name in ("_weights", "_state", "step", "_sampling"):
+                self.__dict__.pop(name, None)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether `prompts` is a single prompt: a string or a flat list of token ids."""
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple, np.ndarray))
+
+
+def _per_prompt(name: str, value: Any, prompts: Sequence[Prompt]) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise RequestError(f"{name} has {len(value)} entries for {len(prompts)} prompts")
+    return list(value)
+
+
+def _error_output(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    ids = [] if isinstance(prompt, str) else list(prompt)
+    failed = CompletionOutput(index=0, finish_reason="error")
+    return RequestOutput(request_id, text, ids, [failed], finished=True, error=str(error))
+
+
+def _wants_logprobs(params: SamplingParams) -> bool:
+    return params.logprobs is not None or params.prompt_logprobs is not None

@@ -1,0 +1,80 @@
+"""From a model's name to weights on devices, with every size decided on the way."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer import cache, checkpoint, planner, shardings
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.hardware import enable_compile_cache, free_bytes
+from jaxinfer.models import decoder
+from jaxinfer.planner import Sizes
+from jaxinfer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its devices, and what was decided about it.  tokenizer: None if not wanted."""
+
+    config: ModelConfig
+    mesh: Mesh
+    dtype: jnp.dtype
+    cache_dtype: jnp.dtype
+    sizes: Sizes
+    tokenizer: Tokenizer | None
+    weights: dict[str, Any]
+
+
+def load(model: str | Path, engine: EngineConfig) -> Loaded:
+    """Find the model, size the cache, then read the weights: what cannot work fails early.
+
+    Raises `ConfigError`, `CheckpointError`, `TokenizerError` or `InsufficientMemoryError`.
+    """
+    files = checkpoint.resolve(model, engine.load_format)
+    mesh = shardings.mesh(engine.tensor_parallel_size, engine.devices)
+    shardings.check_divisible(files.config.sizes, engine.tensor_parallel_size)
+    enable_compile_cache()
+    device = mesh.devices.flat[0]
+    own = "float32" if device.platform == "cpu" else files.config.dtype
+    dtype = jnp.dtype(own if engine.dtype == "auto" else engine.dtype)
+    cache_dtype = dtype if engine.kv_cache_dtype == "auto" else jnp.dtype(engine.kv_cache_dtype)
+
+    declared = decoder.parameters(files.config)
+    places = jax.tree.map(lambda parameter: shardings.named(mesh, parameter.letters), declared)
+    sizes = planner.size(
+        files.config,
+        engine,
+        platform=device.platform,
+        free_bytes=free_bytes(device),
+        weight_bytes=_bytes_per_device(declared, places, dtype),
+        bytes_per_slot=cache.bytes_per_slot(files.config, cache_dtype)
+        // engine.tensor_parallel_size,
+        dtype_bytes=dtype.itemsize,
+    )
+    logger.info("memory per device:\n%s", sizes.memory.table())
+    tokenizer = None
+    if not engine.skip_tokenizer_init:
+        tokenizer = Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
+    if engine.load_format == "dummy":
+        weights = checkpoint.random_weights(declared, places, dtype, engine.seed or 0)
+    else:
+        weights = checkpoint.load(files, declared, places, dtype)
+    return Loaded(files.config, mesh, dtype, cache_dtype, sizes, tokenizer, weights)
+
+
+def _bytes_per_device(declared: Any, places: Any, dtype: jnp.dtype) -> int:
+    """Bytes of the weights that one device holds."""
+    shards = jax.tree.map(
+        lambda parameter, place: np.prod(place.shard_shape(parameter.shape)), declared, places
+    )
+    return int(sum(jax.tree.leaves(shards))) * dtype.itemsize

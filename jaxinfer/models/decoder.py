@@ -1,0 +1,79 @@
+"""The one decoder of all families: its weights, declared once, and its forward pass.
+
+A family differs in its `ModelConfig` alone; an optional parameter that a configuration does not
+declare is absent from the tree, and the layer that would use it looks for its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jax import Array
+
+from jaxinfer import layers
+from jaxinfer.cache import Cache
+from jaxinfer.config import ModelConfig
+from jaxinfer.kernels.paged_attention import Rows
+from jaxinfer.shapes import letters
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One weight: its axis letters (from its name), its shape, and how to draw it at random."""
+
+    letters: str
+    shape: tuple[int, ...]
+    init: str = "normal"
+
+
+def parameters(config: ModelConfig) -> dict[str, Any]:
+    """The tree of all parameters of a model, as `Parameter`s; the weights have the same tree."""
+
+    def declare(*names: str) -> dict[str, Parameter]:
+        tree = {}
+        for name in names:
+            axes = letters(name)
+            init = "ones" if "norm" in name else "zeros" if "bias" in name else "normal"
+            tree[name] = Parameter(axes, tuple(config.sizes[axis] for axis in axes), init)
+        return tree
+
+    layer = ["attn_norm_D", "qkv_DKUH", "out_KGHD", "mlp_norm_D", "gate_up_DWF", "down_FD"]
+    layer += ["qkv_bias_KUH"] * config.qkv_bias
+    layer += ["out_bias_D"] * config.out_bias
+    layer += ["gate_up_bias_WF", "down_bias_D"] * config.mlp_bias
+    layer += ["q_norm_H", "k_norm_H"] * config.qk_norm
+    top = ["embed_VD", "final_norm_D"] + ["head_VD"] * (not config.tie_word_embeddings)
+    return {**declare(*top), "layers": [declare(*layer) for _ in range(config.num_layers)]}
+
+
+def forward(
+    weights: dict[str, Any],
+    cache: Cache,
+    tokens_T: Array,
+    rows: Rows,
+    config: ModelConfig,
+) -> tuple[Cache, Array]:
+    """Run the step's tokens through all layers: returns the written cache and hidden states [T, D].
+
+    The hidden states are those after the last layer, before the final norm.  Layers are unrolled: a
+    scan over stacked weights copies each slice (it halved the speed on CPU).
+    """
+    x_TD = layers.embed(weights["embed_VD"], tokens_T)
+    rope = layers.rope_tables(rows.positions_T, config)
+    k_pages, v_pages = list(cache.k_PKSH), list(cache.v_PKSH)
+    for i, layer in enumerate(weights["layers"]):
+        normed_TD = layers.rms_norm(x_TD, layer["attn_norm_D"][None], config.rms_norm_eps)
+        attended_TD, k_pages[i], v_pages[i] = layers.attention(
+            layer, normed_TD, k_pages[i], v_pages[i], rows, rope, config, config.window(i)
+        )
+        x_TD += attended_TD
+        normed_TD = layers.rms_norm(x_TD, layer["mlp_norm_D"][None], config.rms_norm_eps)
+        x_TD += layers.mlp(layer, normed_TD)
+    return Cache(k_PKSH=tuple(k_pages), v_PKSH=tuple(v_pages)), x_TD
+
+
+def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:
+    """Final norm and output projection: [B, D] → float32 [B, V]."""
+    normed_BD = layers.rms_norm(hidden_BD, weights["final_norm_D"][None], config.rms_norm_eps)
+    return layers.logits(weights.get("head_VD", weights["embed_VD"]), normed_BD)

@@ -1,0 +1,236 @@
+"""One step on the device: `(weights, state, batch) → (state, sampled)`.
+
+`Step` is the table of compiled programs.  A step calls at most two of them, the backbone (one per
+number of tokens) and head with sampler (one per number of rows), so bucket counts add and do not
+multiply.  All are compiled before the first request; a shape that was not is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxinfer import cache, shardings
+from jaxinfer.batch import Batch, Buckets, Inputs, Selection
+from jaxinfer.cache import Cache
+from jaxinfer.config import ModelConfig
+from jaxinfer.kernels.paged_attention import Rows
+from jaxinfer.models import decoder
+from jaxinfer.sampling import Sampled, SamplingTable, sample
+from jaxinfer.scheduler import Limits
+from jaxinfer.shapes import Leaf
+
+logger = logging.getLogger(__name__)
+
+
+@struct.dataclass
+class State:
+    """What one step leaves to the next; donated, so an old state cannot be used again.
+
+    history_BT: the token ids of each slot's sequence by position: the prompt from its admission on,
+    then each sampled token, which the next step finds here before the host has seen it.  The last
+    row takes what belongs to padding.
+    """
+
+    cache: Cache
+    history_BT: Leaf
+
+
+def backbone(
+    weights: dict[str, Any], state: State, inputs: Inputs, *, config: ModelConfig, num_hidden: int
+) -> tuple[State, Array]:
+    """Run the tokens through the layers; returns hidden states of the selected ones, padded with
+    zeros to `[num_hidden, D]`, so that one program of the head fits every backbone."""
+    rows = inputs.rows
+    tokens_T = state.history_BT[inputs.slots_B[rows.rows_T], rows.positions_T]
+    written, hidden_TD = decoder.forward(weights, state.cache, tokens_T, rows, config)
+    hidden_BD = hidden_TD[inputs.selected_B]
+    hidden_BD = jnp.pad(hidden_BD, [(0, num_hidden - len(hidden_BD)), (0, 0)])
+    return dataclasses.replace(state, cache=written), hidden_BD
+
+
+def head(
+    weights: dict[str, Any],
+    history_BT: Array,
+    hidden_BD: Array,
+    selection: Selection,
+    *,
+    config: ModelConfig,
+) -> tuple[Array, Sampled]:
+    """Logits of the selected positions, their next tokens, and these written to the history."""
+    hidden_BD = hidden_BD[: len(selection.slots_B)]
+    logits_BV = decoder.logits(weights, hidden_BD, config)
+    sampled = sample(
+        logits_BV,
+        history_BT,
+        selection.table,
+        selection.slots_B,
+        selection.positions_B,
+        selection.targets_B,
+        selection.features,
+    )
+    # A sequence at its very limit has no place for its last token, and nobody will read it.
+    history_BT = history_BT.at[selection.slots_B, selection.positions_B + 1].set(
+        sampled.tokens_B, mode="drop"
+    )
+    return history_BT, sampled
+
+
+def remember(history_BT: Array, slot: Array, tokens_BT: Array) -> Array:
+    """The history with one slot's row replaced; `tokens_BT` is `[1, …]`."""
+    return lax.dynamic_update_slice_in_dim(history_BT, tokens_BT, slot, axis=0)
+
+
+class Step:
+    """Compiles all programs for a model and its limits, and runs steps with them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        limits: Limits,
+        buckets: Buckets,
+        num_pages: int,
+        dtype: jnp.dtype,
+        cache_dtype: jnp.dtype,
+    ):
+        self.config, self.mesh, self.limits, self.buckets = config, mesh, limits, buckets
+        self.dtype = dtype
+        whole = shardings.replicated(mesh)
+        history = jax.ShapeDtypeStruct(
+            (limits.max_batch_size + 1, limits.pages_per_row * limits.page_size),
+            jnp.int32,
+            sharding=whole,
+        )
+        pool = cache.abstract(config, num_pages, limits.page_size, cache_dtype, mesh)
+        self.abstract_state = State(cache=pool, history_BT=history)
+        self.compile_seconds = 0.0
+        self._backbones: dict[int, Any] = {}
+        self._heads: dict[int, Any] = {}
+
+    def initial_state(self) -> State:
+        """Zeros on the devices."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+        def zeros() -> State:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state)
+
+        return jax.jit(zeros, out_shardings=places)()
+
+    def __call__(
+        self, weights: dict[str, Any], state: State, batch: Batch
+    ) -> tuple[State, Sampled | None]:
+        state, hidden_BD = self._backbones[batch.num_tokens](weights, state, batch.inputs)
+        if batch.selection is None:
+            return state, None
+        run_head = self._heads[len(batch.selection.slots_B)]
+        top = {name: leaf for name, leaf in weights.items() if name != "layers"}
+        history_BT, sampled = run_head(top, state.history_BT, hidden_BD, batch.selection)
+        return dataclasses.replace(state, history_BT=history_BT), sampled
+
+    def admit(self, state: State, slot: int, token_ids: np.ndarray) -> State:
+        """Enter a request's known tokens into the history, before the first step that runs it."""
+        row_BT = np.zeros((1, self.abstract_state.history_BT.shape[1]), np.int32)
+        row_BT[0, : len(token_ids)] = token_ids
+        return dataclasses.replace(
+            state, history_BT=self._remember(state.history_BT, np.int32(slot), row_BT)
+        )
+
+    def compile(self, weights: dict[str, Any], table: SamplingTable) -> None:
+        """Compile every bucket, two at a time; `weights` and `table` may be abstract."""
+        started = time.perf_counter()
+        weights, table = jax.tree.map(_abstract, (weights, table))
+        history_width = self.abstract_state.history_BT.shape[1]
+        jobs = [(self._backbones, size, self._lower_backbone) for size in self.buckets.tokens]
+        jobs += [(self._heads, size, self._lower_head) for size in self.buckets.rows]
+
+        self._remember = (
+            jax.jit(remember, donate_argnums=0)
+            .lower(self.abstract_state.history_BT, self._ints(), self._ints(1, history_width))
+            .compile()
+        )
+        with (
+            jax.set_mesh(self.mesh),
+            ThreadPoolExecutor(max_workers=2) as threads,
+            tqdm(total=len(jobs), desc="compiling", unit="program", disable=None) as bar,
+        ):
+            running = []
+            for programs, size, lower in jobs:
+                lowered = lower(weights, table, size)
+
+                def finish(programs=programs, size=size, lowered=lowered) -> None:
+                    programs[size] = lowered.compile()
+                    bar.update()
+
+                running.append(threads.submit(finish))
+            for job in running:
+                job.result()
+        self.compile_seconds = time.perf_counter() - started
+        logger.info("compiled %d programs in %.1f s", len(jobs), self.compile_seconds)
+
+    def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=shardings.replicated(self.mesh))
+
+    def _lower_backbone(self, weights, table, size: int):
+        rows = self.buckets.num_rows(size)
+        inputs = Inputs(
+            slots_B=self._ints(rows),
+            selected_B=self._ints(min(size, self.limits.max_batch_size)),
+            rows=Rows(
+                positions_T=self._ints(size),
+                rows_T=self._ints(size),
+                query_starts_B=self._ints(rows),
+                query_lens_B=self._ints(rows),
+                kv_lens_B=self._ints(rows),
+                page_table_BM=self._ints(rows, self.limits.pages_per_row),
+                num_tokens=self._ints(),
+                num_rows=self._ints(),
+                num_single=self._ints(),
+            ),
+        )
+
+        def run(weights, state, inputs):
+            return backbone(
+                weights, state, inputs, config=self.config, num_hidden=self.limits.max_batch_size
+            )
+
+        run.__name__ = f"backbone_{size}"
+        return jax.jit(run, donate_argnums=1).lower(weights, self.abstract_state, inputs)
+
+    def _lower_head(self, weights, table, size: int):
+        selection = Selection(
+            slots_B=self._ints(size),
+            positions_B=self._ints(size),
+            targets_B=self._ints(size),
+            features=self._ints(),
+            table=table,
+        )
+        hidden = jax.ShapeDtypeStruct(
+            (self.limits.max_batch_size, self.config.hidden_size),
+            self.dtype,
+            sharding=shardings.replicated(self.mesh),
+        )
+
+        def run(weights, history_BT, hidden_BD, selection):
+            return head(weights, history_BT, hidden_BD, selection, config=self.config)
+
+        run.__name__ = f"head_{size}"
+        top = {name: leaf for name, leaf in weights.items() if name != "layers"}
+        return jax.jit(run, donate_argnums=1).lower(
+            top, self.abstract_state.history_BT, hidden, selection
+        )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

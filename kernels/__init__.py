@@ -1,0 +1,1 @@
+"""Operations with a contract, a reference in plain JAX, and kernels for TPU and GPU beside it."""

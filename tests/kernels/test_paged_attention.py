@@ -1,0 +1,151 @@
+"""The attention reference against a float64 softmax written out per token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.errors import ShapeError
+from jaxinfer.kernels.paged_attention import Rows, paged_attention, write_pages
+
+# (query length, context length with it) of each row; rows of one token come first.
+CASES = {
+    "decode": [(1, 1), (1, 17), (1, 40), (1, 8)],
+    "one long prefill": [(70, 70)],
+    "chunk of a prefill": [(13, 45)],
+    "mixed": [(1, 9), (1, 32), (5, 5), (66, 80), (2, 33)],
+    "nothing but padding": [],
+}
+
+
+def build(lens, *, num_tokens, num_rows, K, G, H, S, dtype=jnp.float32, seed=0):
+    """A ragged batch on shuffled pages, with NaN wherever nobody may look."""
+    rng = np.random.default_rng(seed)
+    M = 24
+    pages = list(rng.permutation(np.arange(1, 1 + max(len(lens), 1) * M)))
+    P = len(pages) + 1
+    q = rng.normal(size=(num_tokens, K, G, H))
+    k_pages = np.full((P, K, S, H), np.nan)
+    v_pages = np.full((P, K, S, H), np.nan)
+    k_new, v_new = np.zeros((num_tokens, K, H)), np.zeros((num_tokens, K, H))
+    tables = np.zeros((num_rows, M), np.int32)
+    positions, row_of = np.zeros(num_tokens, np.int32), np.full(num_tokens, num_rows - 1, np.int32)
+    starts, query_lens, kv_lens = (np.zeros(num_rows, np.int32) for _ in range(3))
+    contexts, offset = [], 0
+    for row, (queries, length) in enumerate(lens):
+        k, v = rng.normal(size=(2, length, K, H))
+        contexts.append((k, v))
+        need = -(-length // S)
+        tables[row, :need] = [pages.pop() for _ in range(need)]
+        for position in range(length - queries):
+            page, slot = tables[row, position // S], position % S
+            k_pages[page, :, slot], v_pages[page, :, slot] = k[position], v[position]
+        span = slice(offset, offset + queries)
+        k_new[span], v_new[span] = k[length - queries :], v[length - queries :]
+        positions[span], row_of[span] = np.arange(length - queries, length), row
+        starts[row], query_lens[row], kv_lens[row] = offset, queries, length
+        offset += queries
+    rows = Rows(
+        positions_T=positions, rows_T=row_of, query_starts_B=starts, query_lens_B=query_lens,
+        kv_lens_B=kv_lens, page_table_BM=tables, num_tokens=np.int32(offset),
+        num_rows=np.int32(len(lens)), num_single=np.int32(sum(q == 1 for q, _ in lens)),
+    )  # fmt: skip
+    arrays = [jnp.asarray(a, dtype) for a in (q, k_pages, v_pages, k_new, v_new)]
+    return arrays, jax.tree.map(jnp.asarray, rows), contexts
+
+
+def expected(q, lens, contexts, scale, window):
+    out, offset = np.zeros(q.shape), 0
+    for (queries, length), (k, v) in zip(lens, contexts, strict=True):
+        for index in range(queries):
+            position = length - queries + index
+            first = 0 if window is None else max(position - window + 1, 0)
+            scores = scale * np.einsum("KGH,PKH->KGP", q[offset], k[first : position + 1])
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out[offset] = np.einsum("KGP,PKH->KGH", weights, v[first : position + 1])
+            offset += 1
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("K", "G", "H", "S"), [(1, 1, 12, 4), (2, 3, 64, 16), (3, 4, 20, 8)])
+def test_matches_a_plain_softmax(case, K, G, H, S, window):
+    lens = CASES[case]
+    total = sum(queries for queries, _ in lens)
+    (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=total + 3, num_rows=max(len(lens) + 1, 1), K=K, G=G, H=H, S=S
+    )
+
+    @jax.jit
+    def run(q, k_pages, v_pages, k_new, v_new, rows):
+        pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
+        return paged_attention(q, *pages, rows, scale=0.3, window=window)
+
+    out = np.asarray(run(q, k_pages, v_pages, k_new, v_new, rows))
+    want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, window)
+    np.testing.assert_allclose(out[:total], want[:total], rtol=2e-5, atol=2e-5)
+    assert np.isfinite(out).all(), "padding must come out finite"
+
+
+def test_a_row_per_token_gives_the_same():
+    lens = [(1, 9), (5, 5), (6, 20)]
+    kinds = {"K": 2, "G": 3, "H": 16, "S": 8}
+    (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=14, num_rows=4, **kinds
+    )
+    pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
+    each = np.minimum(np.asarray(rows.rows_T), 2)
+    split = rows.replace(
+        rows_T=jnp.arange(14),
+        query_starts_B=jnp.arange(14),
+        query_lens_B=jnp.ones(14, jnp.int32),
+        kv_lens_B=jnp.where(jnp.arange(14) < 12, rows.positions_T + 1, 0),
+        page_table_BM=rows.page_table_BM[each],
+        num_rows=jnp.int32(12),
+        num_single=jnp.int32(12),
+    )
+    out = np.asarray(paged_attention(q, *pages, split, scale=0.3, window=6))
+    want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, 6)
+    np.testing.assert_allclose(out[:12], want[:12], rtol=2e-5, atol=2e-5)
+
+
+def test_bfloat16_stays_close():
+    lens = CASES["mixed"]
+    (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=80, num_rows=6, K=2, G=2, H=16, S=8, dtype=jnp.bfloat16
+    )
+    pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
+    out = paged_attention(q, *pages, rows, scale=0.25)
+    assert out.dtype == jnp.bfloat16
+    want = expected(np.asarray(q, np.float64), lens, contexts, 0.25, None)
+    total = sum(queries for queries, _ in lens)
+    np.testing.assert_allclose(np.asarray(out, np.float64)[:total], want[:total], atol=0.05)
+
+
+def test_writes_land_in_their_slots_and_padding_in_page_zero():
+    lens = [(1, 6), (3, 5)]
+    (_, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=7, num_rows=3, K=1, G=1, H=4, S=4
+    )
+    k_after, _ = write_pages(k_pages, v_pages, k_new, v_new, rows)
+    before, after = np.asarray(k_pages), np.asarray(k_after)
+    changed = {
+        (page, slot)
+        for page, slot in np.argwhere((np.nan_to_num(before) != np.nan_to_num(after)).any((1, 3)))
+        if page
+    }
+    table = np.asarray(rows.page_table_BM)
+    assert changed == {
+        (table[0, 1], 1), (table[1, 0], 2), (table[1, 0], 3), (table[1, 1], 0)
+    }  # fmt: skip
+    np.testing.assert_allclose(after[table[0, 1], 0, 1], contexts[0][0][5, 0], rtol=1e-6)
+
+
+def test_shapes_that_disagree_are_named():
+    (q, k_pages, v_pages, *_), rows, _ = build(
+        [(1, 3)], num_tokens=2, num_rows=1, K=2, G=1, H=4, S=4
+    )
+    with pytest.raises(ShapeError, match=r"k_pages_PKSH has K=1, but q_TKGH has K=2"):
+        paged_attention(q, k_pages[:, :1], v_pages, rows, scale=1.0)

@@ -1,0 +1,118 @@
+"""The compiled step: what it copies, what it exchanges, and what it reads when."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer import step as step_module
+from jaxinfer.batch import Buckets, bucket_sizes, pack
+from jaxinfer.errors import BucketError
+from jaxinfer.scheduler import Limits
+
+ENGINE = {
+    "load_format": "dummy", "skip_tokenizer_init": True, "seed": 7, "max_batch_size": 4,
+    "max_num_tokens": 16, "max_seq_len": 64, "page_size": 8, "num_pages": 33,
+}  # fmt: skip
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_step_copies_no_cache_and_exchanges_twice_a_layer(tiny_model, devices):
+    with LLM(tiny_model, **ENGINE, tensor_parallel_size=devices) as llm:
+        pool = llm._state.cache.k_PKSH[0]
+        for program in llm.step._backbones.values():
+            text = program.as_text()
+            shape = ",".join(map(str, (pool.shape[0], pool.shape[1] // devices, *pool.shape[2:])))
+            assert f"f32[{shape}]" in text, "the pattern below must be able to match"
+            assert count(rf"= f32\[{shape}\]\S* copy\(", text) == 0
+            layers = llm.model_config.num_layers
+            assert len(re.findall(r"may-alias|must-alias", text)) >= 2 * layers
+            if devices > 1:
+                assert count(r"\ball-reduce(-start)?\(", text) == 2 * layers + 1  # one to embed
+            for gather in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+                assert count(rf"\b{gather}(-start)?\(", text) == 0, gather
+        for program in llm.step._heads.values():
+            text = program.as_text()
+            assert count(r"\ball-gather(-start)?\(", text) == (devices > 1)  # the logits
+            assert count(r"\ball-reduce(-start)?\(", text) == 0
+
+
+def test_every_leaf_has_the_sharding_of_its_name(tiny_model):
+    with LLM(tiny_model, **ENGINE, tensor_parallel_size=4) as llm:
+        layer = llm._weights["layers"][0]
+        assert layer["qkv_DKUH"].sharding.shard_shape(layer["qkv_DKUH"].shape) == (48, 1, 4, 16)
+        assert layer["down_FD"].sharding.shard_shape((96, 48)) == (24, 48)
+        assert llm._weights["embed_VD"].sharding.shard_shape((256, 48)) == (64, 48)
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
+        pool = llm._state.cache.v_PKSH[1]
+        assert pool.sharding.shard_shape(pool.shape) == (33, 1, 8, 16)
+
+
+def test_inputs_may_be_destroyed_right_after_dispatch(tiny_model, monkeypatch):
+    """What is poisoned is everything live on the host; `pack` must have copied all of it."""
+    prompts = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [12], [13] * 20]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    with LLM(tiny_model, **ENGINE) as llm:
+        want = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+        original = step_module.Step.__call__
+
+        def poisoned(self, weights, state, batch):
+            result = original(self, weights, state, batch)
+            scheduler = llm.scheduler
+            live = [scheduler._tables_BM, scheduler._computed_B, scheduler._token_ids_BT]
+            kept = [array.copy() for array in live]
+            for array in live:
+                array[...] = 1
+            jax.block_until_ready(result)
+            for array, value in zip(live, kept, strict=True):
+                array[...] = value
+            return result
+
+        monkeypatch.setattr(step_module.Step, "__call__", poisoned)
+        got = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+    assert got == want
+
+
+def test_packed_arrays_share_no_memory_with_the_plan(tiny_model):
+    with LLM(tiny_model, **ENGINE) as llm:
+        llm.submit([3, 4, 5])
+        plan = llm.scheduler.plan()
+        batch = pack(plan, llm.step.buckets, llm.limits, llm._sampling)
+        sources = [value for value in vars(plan).values() if isinstance(value, np.ndarray)]
+        for leaf in jax.tree.leaves((batch.inputs, batch.selection)):
+            if isinstance(leaf, np.ndarray):
+                assert not any(np.shares_memory(leaf, source) for source in sources)
+
+
+def test_bucket_sizes_waste_little():
+    for limit in (1, 7, 32, 100, 256, 2048, 8192):
+        sizes = bucket_sizes(limit)
+        assert sizes[-1] == limit
+        assert list(sizes) == sorted(set(sizes))
+        padded = [min(size for size in sizes if size >= n) for n in range(1, limit + 1)]
+        wasted = [size - n for n, size in enumerate(padded, 1)]
+        assert limit < 32 or sum(wasted) <= 0.12 * sum(padded)
+        assert all(
+            waste < 0.2 * size for waste, size in zip(wasted, padded, strict=True) if size > 8
+        )
+
+
+def test_default_limits_compile_few_programs():
+    limits = Limits(max_batch_size=32, max_num_tokens=256, max_seq_len=512, page_size=32)
+    buckets = Buckets.for_limits(limits)
+    assert len(buckets.tokens) + len(buckets.rows) <= 30
+
+
+def test_a_shape_that_was_not_compiled_is_an_error(tiny_model):
+    with LLM(tiny_model, **ENGINE) as llm:
+        llm.submit([3] * 12)
+        plan = llm.scheduler.plan()
+        small = Buckets(tokens=(1, 2, 4), rows=(1,), max_rows=4)
+        with pytest.raises(BucketError, match="12 tokens; the nearest is 4"):
+            pack(plan, small, llm.limits, llm._sampling)
