@@ -1,4 +1,5 @@
-"""Fact sheets in YAML and their strict loader: `models/` has one file per public model.
+"""Fact sheets in YAML and their strict loader: `models/` has one file per public model,
+`hardware/` one per chip.
 
 A file is data about the world and says where it comes from; a key that is unknown, missing or of
 the wrong type raises.  Imports no jax.
@@ -19,6 +20,7 @@ from jaxinfer.config import ModelConfig, RopeScaling, field_names, reject_unknow
 from jaxinfer.errors import ConfigError
 
 MODELS = Path(__file__).with_name("models")
+HARDWARE = Path(__file__).with_name("hardware")
 
 # Facts that a sheet must state although `ModelConfig` has a default.
 STATED = (
@@ -40,6 +42,48 @@ class ModelPreset:
     architecture: str
     num_parameters: int
     config: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What an accelerator can do at most, as its vendor says.
+
+    device_kinds: what jax calls it.  devices_per_chip: jax devices that share the chip.
+    memory_bytes, bytes_per_second, flops: of the whole chip; flops by number format, dense.
+    """
+
+    name: str
+    source: str
+    device_kinds: list[str]
+    devices_per_chip: int = 1
+    memory_bytes: int
+    bytes_per_second: float
+    flops: dict[str, float]
+
+
+def chips() -> list[str]:
+    """The names of all chips that have a sheet."""
+    return sorted(path.stem for path in HARDWARE.glob("*.yaml"))
+
+
+def load_chip(name: str) -> Chip:
+    """Read a chip's sheet; raises `ConfigError` if there is none or it is unsound."""
+    if name not in chips():
+        raise ConfigError(f"there is no chip {name!r}; there are: {', '.join(chips())}")
+    path = HARDWARE / f"{name}.yaml"
+    values = _read(path)
+    known = [field for field in field_names(Chip) if field != "name"]
+    reject_unknown(str(path), values, known, ConfigError)
+    for key in known:
+        if key not in values and key != "devices_per_chip":
+            raise ConfigError(f"{path}: {key} is missing")
+    return Chip(name=name, **values)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip that jax calls by this name; None if it has no sheet."""
+    found = (load_chip(name) for name in chips())
+    return next((chip for chip in found if device_kind in chip.device_kinds), None)
 
 
 def model_presets() -> list[str]:
@@ -97,11 +141,10 @@ def _model_preset(path: Path) -> ModelPreset:
 
 
 def _model_config(values: dict[str, Any]) -> ModelConfig:
-    for key in ("eos_token_ids", "sliding_layers"):
-        if isinstance(values.get(key), list):
-            values[key] = tuple(values[key])
+    _lists_to_tuples(values)
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict):
+        _lists_to_tuples(scaling)
         reject_unknown("rope_scaling", scaling, field_names(RopeScaling), ConfigError)
         for key in field_names(RopeScaling)[:2]:
             if key not in scaling:
@@ -110,6 +153,10 @@ def _model_config(values: dict[str, Any]) -> ModelConfig:
     elif scaling is not None:
         raise ConfigError(f"rope_scaling must be a mapping or null, got {scaling!r}")
     return ModelConfig(**values)
+
+
+def _lists_to_tuples(values: dict[str, Any]) -> None:
+    values.update({key: tuple(value) for key, value in values.items() if isinstance(value, list)})
 
 
 class _StrictLoader(yaml.SafeLoader):

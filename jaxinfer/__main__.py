@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
+import functools
 import os
-import re
 import sys
 import time
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ from tqdm import tqdm
 
 import jaxinfer
 from jaxinfer import tasks
-from jaxinfer.config import EngineConfig, field_names
+from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError, JaxinferError, RequestError, TokenizerError
+from jaxinfer.options import add_fields, given
 from jaxinfer.request import RequestOutput, SamplingParams
 from jaxinfer.tasks import Defaults, Lines, Task
 
@@ -94,79 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="prompts are what a user says to a chat model")
     as_json = argparse.BooleanOptionalAction
     add("--json", action=as_json, help="JSON Lines on standard output (default: if no terminal)")
-    _add_fields(generate.add_argument_group("engine"), EngineConfig)
-    _add_fields(generate.add_argument_group("sampling, where a line says no more"), SamplingParams)
+    add_group = functools.partial(add_fields, without=WITHOUT_OPTION, renamed=RENAMED)
+    add_group(generate.add_argument_group("engine"), EngineConfig)
+    add_group(generate.add_argument_group("sampling, where a line says no more"), SamplingParams)
     return parser
-
-
-def _add_fields(group: Any, cls: type) -> None:
-    """One option for each field of a dataclass, absent from the result unless given."""
-    hints, texts = typing.get_type_hints(cls), _field_docs(cls)
-    for field in dataclasses.fields(cls):
-        name = f"{cls.__name__}.{field.name}"
-        if name in WITHOUT_OPTION:
-            continue
-        default: Any = field.default
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        note = "" if default in (None, ()) else f" (default: {default})"
-        group.add_argument(
-            "--" + RENAMED.get(name, field.name).replace("_", "-"),
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=(texts[field.name] + note).replace("%", "%%"),
-            **_how_to_read(hints[field.name]),
-        )
-
-
-def _how_to_read(hint: Any) -> dict[str, Any]:
-    """argparse's settings for a field of a type: plain, one or several, or else as JSON."""
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    kinds = list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
-    optional = type(None) in kinds
-    kinds = [kind for kind in kinds if kind is not type(None)]
-    for kind, metavar in ((str, "TEXT"), (int, "N"), (float, "X")):
-        if Sequence[kind] in kinds:
-            return {"type": kind, "nargs": "+", "action": "extend", "metavar": metavar}
-        if kinds == [kind]:
-            return {"type": _or_none(kind) if optional else kind, "metavar": metavar}
-    return {"type": _json_value, "metavar": "JSON"}
-
-
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = getattr(kind, "__name__", "value")  # argparse names it in messages
-    return read
-
-
-def _json_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """Field name → its part of the class's docstring, whose entries begin with `name[, name]: `.
-
-    A field without an entry of its own is explained in the first that mentions it with a colon.
-    """
-    found = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", cls.__doc__ or "", re.MULTILINE)
-    entries = [(heads, " ".join(text.split())) for heads, text in found]
-    texts = {name: text for heads, text in entries for name in heads.split(", ")}
-    for name in set(field_names(cls)) - set(texts):
-        mentions = (f"{heads}: {text}" for heads, text in entries if f"{name}: " in text)
-        texts[name] = next(mentions, "")
-    return texts
-
-
-def _given(options: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """The fields of a dataclass that the options set."""
-    names = {f"{cls.__name__}.{name}": name for name in field_names(cls)}
-    return {names[key]: value for key, value in options.items() if key in names}
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -199,7 +128,7 @@ class Counts:
 
 
 def _generate(options: dict[str, Any], make_llm: Callable[..., Any] | None) -> int:
-    engine, model = _given(options, EngineConfig), options["model"]
+    engine, model = given(options, EngineConfig), options["model"]
     defaults = _check_options(options)
     with contextlib.ExitStack() as stack:
         done: set[int | str] = set()
@@ -241,7 +170,7 @@ def _generate(options: dict[str, Any], make_llm: Callable[..., Any] | None) -> i
 
 def _check_options(options: Mapping[str, Any]) -> Defaults:
     """What the options say of every request; raises `ConfigError` for any that is out of range."""
-    engine, sampling = _given(options, EngineConfig), _given(options, SamplingParams)
+    engine, sampling = given(options, EngineConfig), given(options, SamplingParams)
     EngineConfig.from_dict(engine)
     try:
         SamplingParams.from_dict(sampling)

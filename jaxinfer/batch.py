@@ -75,6 +75,10 @@ class Buckets:
             return cls((tokens,), (rows,), max_rows=tokens)
         return cls(bucket_sizes(tokens), bucket_sizes(rows, finest=32), max_rows=rows)
 
+    def num_tokens(self, count: int) -> int:
+        """Tokens of the smallest backbone that holds `count`."""
+        return _fit(self.tokens, count, "tokens")
+
     def num_rows(self, num_tokens: int) -> int:
         """Rows of the backbone that is compiled for this many tokens."""
         return min(num_tokens, self.max_rows)
@@ -101,8 +105,12 @@ def _fit(sizes: tuple[int, ...], count: int, what: str) -> int:
 
 
 def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
-    out = np.full((size, *values.shape[1:]), fill, np.int32)
-    out[: len(values)] = values
+    count = len(values)
+    if count == size:
+        return values.astype(np.int32)
+    out = np.empty((size, *values.shape[1:]), np.int32)
+    out[:count] = values
+    out[count:] = fill
     return out
 
 
@@ -112,13 +120,12 @@ def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -
     Padding rows use the dump slot, one past the last; padding tokens belong to the last row and are
     told apart by `num_tokens`.
     """
-    num_tokens = _fit(buckets.tokens, plan.num_tokens, "tokens")
+    num_tokens = buckets.num_tokens(plan.num_tokens)
     num_rows = buckets.num_rows(num_tokens)
     dump = limits.max_batch_size
-    offsets_B = np.cumsum(plan.lens_B) - plan.lens_B
-    rows_T = np.repeat(np.arange(len(plan.lens_B)), plan.lens_B)
-    positions_T = np.arange(plan.num_tokens) + (plan.starts_B - offsets_B)[rows_T]
-    if num_rows == num_tokens:  # a row per token
+    offsets_B = plan.lens_B.cumsum() - plan.lens_B
+    rows_T, positions_T = plan.rows_T, plan.positions_T
+    if num_rows == num_tokens and plan.num_single < len(plan.slots_B):  # a row per token
         which, offsets_B, lens_B = rows_T, np.arange(plan.num_tokens), np.ones_like(rows_T)
         rows_T, kv_lens_B, num_single = offsets_B, positions_T + 1, plan.num_tokens
     else:
@@ -146,7 +153,7 @@ def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -
         slots_B=_padded(plan.selected_slots_B, num_selected, dump),
         positions_B=_padded(plan.selected_positions_B, num_selected),
         targets_B=_padded(plan.targets_B, num_selected, 0),
-        features=np.bitwise_or.reduce(sampling.features_B[plan.selected_slots_B]),
+        features=np.bitwise_or.reduce(sampling.features_B.take(plan.selected_slots_B)),
         table=sampling.table(),
     )
     return Batch(inputs, selection)

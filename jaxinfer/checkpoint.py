@@ -259,10 +259,11 @@ def _check(files: ModelFiles, tensors: Mapping[str, Any], parts: list[Part]) -> 
                 f"{shard}: {part.tensor} is {tensor.get_dtype()}; only {', '.join(FLOATS)} can be "
                 "read, quantized checkpoints cannot"
             )
-        if tuple(tensor.get_shape()) != part.shape:
+        wanted = [part.rows, *part.shape[1:]]
+        if list(tensor.get_shape()) != wanted:
             raise CheckpointError(
                 f"{shard}: {part.tensor} has the shape {tensor.get_shape()}, but by config.json it "
-                f"must be {list(part.shape)}"
+                f"must be {wanted}"
             )
     ignored = list(files.family.ignored)
     if files.config.tie_word_embeddings:
@@ -348,17 +349,18 @@ def _along(array: np.ndarray, axis: int, start: int, stop: int) -> np.ndarray:
 def _slab(
     part: Part, bounds: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], tensor: Any
 ) -> np.ndarray:
-    """The tensor within these bounds, with an axis for each letter.
+    """The source within these bounds, with an axis for each letter.
 
     Of letters that are merged in one axis, the leading one decides the rows that are read; the
     others are cut afterwards.
     """
     read = {x: (0, sizes[x]) for group in part.groups for x in group}
-    rows = []
+    rows, above = [], part.above
     for group in part.groups:
         below = math.prod(sizes[letter] for letter in group[1:])
         start, stop = read[group[0]] = bounds[group[0]]
-        rows.append(slice(start * below, stop * below))
+        rows.append(slice(above + start * below, above + stop * below))
+        above = 0  # only the first axis holds several sources
     values = tensor[tuple(rows)].reshape([stop - start for start, stop in read.values()])
     cut = [slice(bounds[x][0] - start, bounds[x][1] - start) for x, (start, _) in read.items()]
     return values[tuple(cut)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from jaxinfer.errors import ConfigError
@@ -13,8 +13,10 @@ from jaxinfer.errors import ConfigError
 DTYPES = ("float32", "bfloat16", "float16")
 _TYPES = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,),
-    "tuple[int, ...]": (tuple,),
+    "tuple[int, ...]": (tuple,), "tuple[float, ...]": (tuple,),
 }  # fmt: skip
+ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
 SCHEDULING_POLICIES = ("guaranteed_no_evict", "max_utilization")
 
 
@@ -51,12 +53,14 @@ def _check_types(config: Any) -> None:
         if kind not in _TYPES or (value is None and kind != declared):
             continue
         good = type(value) in _TYPES[kind]
-        if kind == "tuple[int, ...]":
-            good = good and all(type(item) is int for item in value or ())
+        if kind.startswith("tuple"):
+            items = _TYPES[kind.removeprefix("tuple[").removesuffix(", ...]")]
+            good = good and all(type(item) in items and math.isfinite(item) for item in value or ())
         elif kind == "float":
             good = good and math.isfinite(value or 0)
         if not good:
-            noun = nouns.get(kind, "a tuple of whole numbers")
+            many = "a tuple of whole numbers" if "int" in kind else "a tuple of numbers"
+            noun = nouns.get(kind, many)
             raise ConfigError(f"{type(config).__name__}.{field.name} must be {noun}, got {value!r}")
 
 
@@ -72,8 +76,19 @@ def _one_of(config: object, name: str, known: tuple[str, ...]) -> None:
 class RopeScaling:
     """How rotary frequencies are stretched beyond the context length of pre-training.
 
-    kind: "linear" (all frequencies divided by `factor`; arXiv:2306.15595) or "llama3" (low
-        frequencies divided, high ones kept, smooth in between; the Llama 3.1 model card).
+    kind: "linear" (all frequencies divided by `factor`; arXiv:2306.15595), "llama3" (low
+        frequencies divided, high ones kept, smooth in between; the Llama 3.1 model card), "yarn"
+        (the same with other bounds, and larger scores; arXiv:2309.00071) or "longrope" (each
+        frequency divided by its own number; arXiv:2402.13753).
+    low_freq_factor, high_freq_factor: of llama3: a pair that turns less often than the one in the
+        original context is divided, more often than the other: kept.
+    beta_slow, beta_fast: the same of yarn.
+    attention_factor: of yarn and longrope: multiplies queries and keys; None: as their papers say.
+    short_factor, long_factor: of longrope: a divisor for each rotated pair.
+    use_long: of longrope: which of the two holds.  An engine cannot rotate cached keys anew when a
+        sequence outgrows the original context, so one list holds for all sequences, the long one
+        if the engine's max_seq_len exceeds that context (as in vLLM; `ModelConfig.for_length`).
+        transformers takes the short one for each sequence while it is short.
     original_max_position_embeddings: context length of pre-training, in tokens.
     """
 
@@ -81,11 +96,18 @@ class RopeScaling:
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    use_long: bool = True
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        _one_of(self, "kind", ("linear", "llama3"))
+        _one_of(self, "kind", ROPE_KINDS)
         _check_types(self)
+        _positive(self, "original_max_position_embeddings")
         if self.factor < 1:
             raise ConfigError(f"RopeScaling.factor must be at least 1, got {self.factor!r}")
 
@@ -94,8 +116,22 @@ class RopeScaling:
 class ModelConfig:
     """The facts of a decoder-only model that its mathematics depends on.
 
+    activation: of the feed-forward gate: "silu", or "gelu_tanh" (the tanh form of GELU).
+    rope_theta, rope_scaling: of all layers, or of those without a window: see sliding_rope_theta.
+    sliding_rope_theta: base of the rotary frequencies in layers with a sliding window, where they
+        are not scaled; None: as in all layers.
+    no_rope_layers: indices of the layers that do not rotate queries and keys.
+    rotary_dim: how many leading dimensions of a head are rotated; None: all.
     sliding_window: a token attends to this many latest positions, itself included; None: to all.
     sliding_layers: indices of the layers that use the window; None: all of them.
+    attention_scale: multiplies the attention scores; None: head_dim ** -0.5.
+    attention_soft_cap, logit_soft_cap: c, where scores, or logits, are c * tanh(scores / c).
+    embedding_scale, residual_scale, logit_scale: multiply the embeddings, what a layer's attention
+        and its feed-forward add to the stream, and the logits.
+    pre_norm, post_norm: attention and feed-forward have their inputs, their outputs normalised.
+    norm_offset: norms multiply by their weight plus this.
+    qk_norm: queries and keys are normalised, each head for itself, or (qk_norm_across_heads) all
+        heads of a token together.
     dtype: the checkpoint's own number format.
     """
 
@@ -108,15 +144,29 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
+    activation: str = "silu"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    sliding_rope_theta: float | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    rotary_dim: int | None = None
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_offset: float = 0.0
     qk_norm: bool = False
+    qk_norm_across_heads: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
@@ -124,10 +174,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(
             self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-            "num_kv_heads", "head_dim", "max_position_embeddings", "sliding_window",
+            "num_kv_heads", "head_dim", "max_position_embeddings", "sliding_window", "rotary_dim",
         )  # fmt: skip
         _one_of(self, "dtype", DTYPES)
+        _one_of(self, "activation", ACTIVATIONS)
         _check_types(self)
+        for name in ("attention_soft_cap", "logit_soft_cap", "rope_theta", "sliding_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"ModelConfig.{name} must be above 0, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -135,11 +190,42 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"ModelConfig.head_dim must be even for RoPE, got {self.head_dim}")
+        rotated = self.rotary_dim or self.head_dim
+        if rotated % 2 or rotated > self.head_dim:
+            raise ConfigError(
+                f"ModelConfig.rotary_dim must be even and at most head_dim ({self.head_dim}), got "
+                f"{self.rotary_dim}"
+            )
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(scaling, name)
+                if len(factors) != rotated // 2 or min(factors) <= 0:
+                    raise ConfigError(
+                        f"RopeScaling.{name} must have {rotated // 2} numbers above 0, one for "
+                        f"each rotated pair, got {factors}"
+                    )
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer, in tokens, or None."""
         slides = self.sliding_layers is None or layer in self.sliding_layers
         return self.sliding_window if slides else None
+
+    def rope(self, layer: int) -> tuple[float, RopeScaling | None] | None:
+        """Base and scaling of the rotary frequencies of one layer; None if it does not rotate."""
+        if layer in self.no_rope_layers:
+            return None
+        if self.sliding_rope_theta is not None and self.window(layer) is not None:
+            return self.sliding_rope_theta, None
+        return self.rope_theta, self.rope_scaling
+
+    def for_length(self, max_seq_len: int) -> ModelConfig:
+        """The model as run with sequences of up to `max_seq_len` tokens: see `RopeScaling`."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return self
+        use_long = max_seq_len > scaling.original_max_position_embeddings
+        return replace(self, rope_scaling=replace(scaling, use_long=use_long))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -18,6 +18,10 @@ class RequestError(JaxinferError, ValueError):
     """One request is at fault: its prompt or its sampling parameters.  Other requests run on."""
 
 
+class DatasetError(JaxinferError, ValueError):
+    """A benchmark's data set has a malformed line, named by its number, or no requests."""
+
+
 class CheckpointError(JaxinferError):
     """A model folder is incomplete, or a file in it is missing, truncated or corrupt."""
 

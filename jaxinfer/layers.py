@@ -6,6 +6,7 @@ Sums of squares, rotations and attention weights are computed in float32 whateve
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +15,96 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxinfer.config import ModelConfig, RopeScaling
-from jaxinfer.kernels.paged_attention import Rows, paged_attention, write_pages
+from jaxinfer.kernels.paged_attention import Rows, capped, paged_attention, write_pages
 from jaxinfer.shapes import dims
 from jaxinfer.shardings import spec
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square normalisation of the last axis (arXiv:1910.07467)."""
+def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0, axes: int = 1) -> Array:
+    """Root-mean-square normalisation of the last `axes` axes (arXiv:1910.07467).
+
+    The result is multiplied by `scale + offset`, in float32: 1 + w has more digits than bfloat16.
+    """
     x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    mean_square = jnp.mean(x32 * x32, axis=tuple(range(-axes, 0)), keepdims=True)
     normed = x32 * jax.lax.rsqrt(mean_square + eps)
-    return (normed.astype(x.dtype) * scale).astype(x.dtype)
+    scale = scale.astype(jnp.float32)
+    return (normed * (scale + offset if offset else scale)).astype(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per position for each of the head_dim/2 rotated pairs (arXiv:2104.09864)."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def norm(x_TD: Array, scale_D: Array | None, config: ModelConfig) -> Array:
+    """One of a layer's norms; a layer that does not have this one passes None, and `x` stays."""
+    if scale_D is None:
+        return x_TD
+    return rms_norm(x_TD, scale_D[None], config.rms_norm_eps, config.norm_offset)
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """`x` times a number that is not rounded to the type of `x` first."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position for each of the rotary_dim/2 rotated pairs (arXiv:2104.09864)."""
+    frequencies = theta ** -(np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # llama3: wavelengths beyond the original context are stretched by `factor`, short ones kept.
+    if scaling.kind == "longrope":
+        return frequencies / (scaling.long_factor if scaling.use_long else scaling.short_factor)
+    # Pairs that turn seldom in the original context are slowed by `factor`, quick ones are kept.
     context = scaling.original_max_position_embeddings
-    turns = context * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0, 1)
+    if scaling.kind == "yarn":
+        ends = [  # the pairs, in order of speed, between which it changes from one to the other
+            rotary_dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        ]
+        first, last = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), rotary_dim - 1)
+        ramp = (np.arange(rotary_dim // 2) - first) / max(last - first, 0.001)
+        keep = 1 - np.clip(ramp, 0, 1)
+    else:
+        turns = context * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_tables(positions_T: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """Cosines and sines `[T, H/2]`, float32, shared by all layers of a step."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions_T[:, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None]
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_attention_factor(scaling: RopeScaling | None) -> float:
+    """What rotated queries and keys are multiplied by, to sharpen attention over more tokens."""
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.kind == "yarn":
+        return 0.1 * math.log(scaling.factor) + 1
+    context = scaling.original_max_position_embeddings
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(context))
+
+
+def rope_tables(positions_T: Array, config: ModelConfig) -> dict[Any, tuple[Array, Array]]:
+    """Cosines and sines `[T, rotary_dim/2]`, float32, by what `config.rope` says of a layer."""
+    tables = {}
+    for way in dict.fromkeys(config.rope(layer) for layer in range(config.num_layers)):
+        if way is None:
+            continue
+        frequencies = rope_frequencies(config.rotary_dim or config.head_dim, *way)
+        factor = rope_attention_factor(way[1])
+        angles = positions_T[:, None].astype(jnp.float32) * frequencies.astype(np.float32)[None]
+        tables[way] = scaled(jnp.cos(angles), factor), scaled(jnp.sin(angles), factor)
+    return tables
 
 
 def apply_rope(x: Array, cosines: Array, sines: Array) -> Array:
-    """Rotate the pairs (i, i + H/2) of the last axis; `x` is `[T, …, H]`."""
-    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1] // 2,)
+    """Rotate the pairs (i, i + n) of the last axis of `x` `[T, …, H]`; the tables are `[T, n]`.
+
+    What lies beyond the first 2n dimensions of the axis stays as it is.
+    """
+    half = cosines.shape[-1]
+    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (half,)
     cosines, sines = cosines.reshape(shape), sines.reshape(shape)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cosines - second * sines, second * cosines + first * sines]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    rotated = [first * cosines - second * sines, second * cosines + first * sines, rest]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
@@ -64,7 +114,7 @@ def attention(
     k_pages_PKSH: Array,
     v_pages_PKSH: Array,
     rows: Rows,
-    rope: tuple[Array, Array],
+    rope: tuple[Array, Array] | None,
     config: ModelConfig,
     window: int | None,
 ) -> tuple[Array, Array, Array]:
@@ -78,16 +128,25 @@ def attention(
     if "qkv_bias_KUH" in weights:
         qkv_TKUH += weights["qkv_bias_KUH"][None]
     q_TKGH, k_TKH, v_TKH = qkv_TKUH[:, :, :-2], qkv_TKUH[:, :, -2], qkv_TKUH[:, :, -1]
+    eps, offset = config.rms_norm_eps, config.norm_offset
     if "q_norm_H" in weights:
-        q_TKGH = rms_norm(q_TKGH, weights["q_norm_H"][None, None, None], config.rms_norm_eps)
-        k_TKH = rms_norm(k_TKH, weights["k_norm_H"][None, None], config.rms_norm_eps)
-    q_TKGH, k_TKH = apply_rope(q_TKGH, *rope), apply_rope(k_TKH, *rope)
+        q_TKGH = rms_norm(q_TKGH, weights["q_norm_H"][None, None, None], eps, offset)
+        k_TKH = rms_norm(k_TKH, weights["k_norm_H"][None, None], eps, offset)
+    if "q_norm_KGH" in weights:  # over heads on several devices: an all-reduce of [T]
+        q_TKGH = rms_norm(q_TKGH, weights["q_norm_KGH"][None], eps, offset, axes=3)
+        k_TKH = rms_norm(k_TKH, weights["k_norm_KH"][None], eps, offset, axes=2)
+    if rope is not None:
+        q_TKGH, k_TKH = apply_rope(q_TKGH, *rope), apply_rope(k_TKH, *rope)
 
     def write_and_attend(q_TKGH, k_TKH, v_TKH, k_pages_PKSH, v_pages_PKSH, rows):
         # First write, then attend: the other order costs two copies of the cache.
         pages = write_pages(k_pages_PKSH, v_pages_PKSH, k_TKH, v_TKH, rows)
-        scale = config.head_dim**-0.5
-        return paged_attention(q_TKGH, *pages, rows, scale=scale, window=window), *pages
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        soft_cap = config.attention_soft_cap
+        attended_TKGH = paged_attention(
+            q_TKGH, *pages, rows, scale=scale, window=window, soft_cap=soft_cap
+        )
+        return attended_TKGH, *pages
 
     # Heads are independent, so each device attends with its own; nothing is exchanged.
     pages = spec("PKSH")
@@ -107,13 +166,14 @@ def attention(
     return out_TD, k_pages_PKSH, v_pages_PKSH
 
 
-def mlp(weights: dict[str, Array], x_TD: Array) -> Array:
-    """Gated feed-forward with SiLU (SwiGLU, arXiv:2002.05202): [T, D] → [T, D]."""
+def mlp(weights: dict[str, Array], x_TD: Array, config: ModelConfig) -> Array:
+    """Gated feed-forward (SwiGLU and GEGLU, arXiv:2002.05202): [T, D] → [T, D]."""
     dims(x_TD=x_TD, gate_up_DWF=weights["gate_up_DWF"])
     gate_up_TWF = jnp.einsum("TD,DWF->TWF", x_TD, weights["gate_up_DWF"])
     if "gate_up_bias_WF" in weights:
         gate_up_TWF += weights["gate_up_bias_WF"][None]
-    hidden_TF = jax.nn.silu(gate_up_TWF[:, 0]) * gate_up_TWF[:, 1]
+    activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
+    hidden_TF = activation(gate_up_TWF[:, 0]) * gate_up_TWF[:, 1]
     # Row-parallel: each device adds up its share of F; the layer's second all-reduce.
     out_TD = jnp.einsum("TF,FD->TD", hidden_TF, weights["down_FD"], out_sharding=spec("TD"))
     if "down_bias_D" in weights:
@@ -121,13 +181,16 @@ def mlp(weights: dict[str, Array], x_TD: Array) -> Array:
     return out_TD
 
 
-def embed(embed_VD: Array, tokens_T: Array) -> Array:
+def embed(embed_VD: Array, tokens_T: Array, config: ModelConfig) -> Array:
     """Look up token vectors; with V split over devices this is one all-reduce of [T, D]."""
-    return embed_VD.at[tokens_T].get(out_sharding=spec("TD"))
+    x_TD = embed_VD.at[tokens_T].get(out_sharding=spec("TD"))
+    # Models were trained with this factor rounded to the type of the embeddings.
+    return x_TD if config.embedding_scale == 1 else x_TD * config.embedding_scale
 
 
-def logits(head_VD: Array, hidden_BD: Array) -> Array:
+def logits(head_VD: Array, hidden_BD: Array, config: ModelConfig) -> Array:
     """Scores of every vocabulary entry, float32, gathered whole on every device."""
     scores_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
+    scores_BV = capped(scaled(scores_BV, config.logit_scale), config.logit_soft_cap)
     # The one place where logits cross devices: sampling needs whole rows.
     return jax.sharding.reshard(scores_BV, spec("BD"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -72,6 +72,8 @@ class LLM:
         self._lock = threading.RLock()
         self._closed: str | None = None  # why it cannot be used any more
         self._pending: tuple[Plan, Sampled | None] | None = None
+        # Called with the plan of each step when its results are in; for measurements.
+        self.observer: Callable[[Plan], None] | None = None
         self._live: dict[str, Collector] = {}
         self._done: list[Collector] = []  # finished, submitted for `run` to report
         self._arrivals = itertools.count()
@@ -113,6 +115,8 @@ class LLM:
         count = len(plan.selected_B)
         tokens_B = np.asarray(sampled.tokens_B)[:count] if sampled else np.zeros(0, np.int32)
         commit = self.scheduler.commit(plan, tokens_B)
+        for request in commit.first:
+            self._live[request.request_id].note_first_token(request)
         logprobs = None
         if sampled and any(_wants_logprobs(request.params) for request, _ in commit.news):
             logprobs = TokenLogprobs(
@@ -130,6 +134,8 @@ class LLM:
                 request.finish_reason, request.stop_reason = "stop", stop
         for request in commit.finished:
             self._finish(request)
+        if self.observer is not None:
+            self.observer(plan)
 
     def _finish(self, request: Request) -> None:
         collector = self._live[request.request_id]
@@ -169,13 +175,17 @@ class LLM:
         *,
         priority: int = 0,
         request_id: str | None = None,
+        streaming: bool = False,
     ) -> str:
         """Queue one prompt and return its id; `run` works on it and yields its output.
 
         priority: lower numbers go first.
+        streaming: make its text token by token, as for `stream`, though only the whole is yielded.
         Raises `RequestError` if the prompt or its parameters cannot be served.
         """
-        collector = self._submit(prompt, params, priority=priority, request_id=request_id)
+        collector = self._submit(
+            prompt, params, priority=priority, request_id=request_id, streamed=streaming
+        )
         collector.reported = True
         return collector.output.request_id
 
@@ -186,6 +196,14 @@ class LLM:
             if not self.has_work:
                 return
             self._advance()
+
+    def turn(self) -> list[RequestOutput]:
+        """One turn of `run`, for callers with a loop of their own: the outputs that are finished.
+
+        Call it while `has_work`.
+        """
+        self._advance()
+        return self._take_done()
 
     def _take_done(self) -> list[RequestOutput]:
         with self._lock:

@@ -69,7 +69,8 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         weights = checkpoint.random_weights(declared, places, dtype, engine.seed or 0)
     else:
         weights = checkpoint.load(files, declared, places, dtype)
-    return Loaded(files.config, mesh, dtype, cache_dtype, sizes, tokenizer, weights)
+    config = files.config.for_length(sizes.limits.max_seq_len)
+    return Loaded(config, mesh, dtype, cache_dtype, sizes, tokenizer, weights)
 
 
 def _bytes_per_device(declared: Any, places: Any, dtype: jnp.dtype) -> int:

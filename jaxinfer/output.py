@@ -64,7 +64,6 @@ class Collector:
                 self.output.prompt_logprobs.append(self._candidates(token, logprobs, entry, count))
             return None
         self.has_news = True
-        self._note_first_token(request)
         sample = self._samples[request.index]
         sample.output.token_ids.append(token)
         if self.params.logprobs is not None and logprobs is not None:
@@ -75,7 +74,6 @@ class Collector:
     def finish(self, request: Request) -> None:
         """A sample has ended: complete its output."""
         self.has_news = True
-        self._note_first_token(request)
         self._samples[request.index].finish()
         self._unfinished -= 1
         if self._unfinished == 0:
@@ -93,14 +91,25 @@ class Collector:
         """A copy that later tokens do not change."""
         if self.output.finished:
             return self.output
+
+        def copy(values: list | None) -> list | None:
+            return None if values is None else list(values)
+
         outputs = [
-            CompletionOutput(**{**vars(out), "token_ids": list(out.token_ids)})
+            CompletionOutput(
+                **{**vars(out), "token_ids": list(out.token_ids), "logprobs": copy(out.logprobs)}
+            )
             for out in self.output.outputs
         ]
-        metrics = RequestMetrics(**vars(self.output.metrics))
-        return RequestOutput(**{**vars(self.output), "outputs": outputs, "metrics": metrics})
+        changed = {
+            "outputs": outputs,
+            "metrics": RequestMetrics(**vars(self.output.metrics)),
+            "prompt_logprobs": copy(self.output.prompt_logprobs),
+        }
+        return RequestOutput(**{**vars(self.output), **changed})
 
-    def _note_first_token(self, request: Request) -> None:
+    def note_first_token(self, request: Request) -> None:
+        """The first token of a sample is there; of several samples the earliest one's counts."""
         if self.output.metrics.first_token_time is None:
             self.output.metrics.first_token_time = time.monotonic()
             self.output.num_cached_tokens = request.num_cached_tokens or 0

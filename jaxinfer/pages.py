@@ -10,9 +10,9 @@ named pages that nobody uses are kept, least recently used first to go, until th
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 import numpy as np
 
@@ -23,12 +23,12 @@ def page_digests(token_ids: np.ndarray, page_size: int, known: Sequence[bytes] =
     """Digests of all full pages of a sequence; `known` are those of its first pages, if at hand."""
     digests = list(known)
     digest = digests[-1] if digests else b""
-    for page in range(len(digests), len(token_ids) // page_size):
-        tokens = np.ascontiguousarray(
-            token_ids[page * page_size : (page + 1) * page_size], dtype=np.int32
-        )
+    done, full = len(digests), len(token_ids) // page_size
+    tokens = token_ids[done * page_size : full * page_size].astype(np.int32, copy=False).tobytes()
+    width = 4 * page_size
+    for start in range(0, len(tokens), width):
         # A cryptographic digest: with a weaker one, a crafted prompt could read another's pages.
-        digest = hashlib.blake2b(digest + tokens.tobytes(), digest_size=16).digest()
+        digest = blake2b(digest + tokens[start : start + width], digest_size=16).digest()
         digests.append(digest)
     return digests
 
@@ -40,11 +40,12 @@ class Pages:
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, 0, -1))
-        self._references_P = np.zeros(num_pages, np.int32)
-        self._digest_of: dict[int, bytes] = {}
+        self._references = [0] * num_pages  # lists: touched one by one, they are faster
+        self._digest_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # named, unreferenced, oldest first
-        self._registered = self._reused = 0
+        # Named pages that nobody uses, with their digests; the oldest first.
+        self._unused: OrderedDict[int, bytes] = OrderedDict()
+        self._reused = 0
 
     @property
     def available(self) -> int:
@@ -63,15 +64,18 @@ class Pages:
         """
         if count > self.available:
             raise PageError(f"{count} pages asked for, {self.available} available")
-        pages = []
-        for _ in range(count):
-            if self._free:
-                page = self._free.pop()
-            else:
-                page, _ = self._unused.popitem(last=False)
-                del self._page_of[self._digest_of.pop(page)]
-            self._references_P[page] = 1
+        kept = max(len(self._free) - count, 0)
+        pages = self._free[kept:][::-1]
+        del self._free[kept:]
+        oldest, page_of, digest_of = self._unused.popitem, self._page_of, self._digest_of
+        for _ in range(count - len(pages)):
+            page, digest = oldest(False)
+            del page_of[digest]
+            digest_of[page] = None
             pages.append(page)
+        references = self._references
+        for page in pages:
+            references[page] = 1
         return pages
 
     def match(self, digests: Iterable[bytes]) -> list[int]:
@@ -82,35 +86,36 @@ class Pages:
             if page is None:
                 break
             self._unused.pop(page, None)
-            self._references_P[page] += 1
+            self._references[page] += 1
             pages.append(page)
         self._reused += len(pages)
         return pages
 
     def register(self, page: int, digest: bytes) -> None:
         """Name a full page so that others can match it.  Its content may no longer change."""
-        if self._references_P[page] <= 0:
+        if self._references[page] <= 0:
             raise PageError(f"page {page} is registered, but nobody holds it")
-        if digest in self._page_of or page in self._digest_of:
-            return  # the same prefix was computed twice at once; the first page keeps the name
-        self._digest_of[page] = digest
-        self._page_of[digest] = page
-        self._registered += 1
+        # If the same prefix was computed twice at once, the first page keeps the name.
+        if self._digest_of[page] is None and self._page_of.setdefault(digest, page) == page:
+            self._digest_of[page] = digest
 
     def give_back(self, pages: Sequence[int]) -> None:
         """Drop one reference to each page, last page first, so that prefixes outlive their ends."""
+        references, digest_of = self._references, self._digest_of
         for page in reversed(pages):
-            if self._references_P[page] <= 0:
+            left = references[page] = references[page] - 1
+            if left < 0:
+                references[page] = 0
                 raise PageError(f"page {page} was given back more often than taken")
-            self._references_P[page] -= 1
-            if self._references_P[page] == 0:
-                if page in self._digest_of:
-                    self._unused[page] = None
-                else:
+            if left == 0:
+                digest = digest_of[page]
+                if digest is None:
                     self._free.append(page)
+                else:
+                    self._unused[page] = digest
 
     def stats(self) -> dict[str, int]:
-        used = int((self._references_P > 0).sum())
+        used = self.num_pages - self._references.count(0)
         return {
             "num_pages": self.capacity,
             "used_pages": used,
@@ -121,7 +126,7 @@ class Pages:
 
     def check(self) -> None:
         """Raise `PageError` unless every page is in exactly one state and the indices agree."""
-        used = set(np.flatnonzero(self._references_P).tolist())
+        used = {page for page, count in enumerate(self._references) if count}
         groups = [used, set(self._free), set(self._unused)]
         if sum(map(len, groups)) != self.capacity or set().union(*groups) != set(
             range(1, self.num_pages)
@@ -129,9 +134,10 @@ class Pages:
             raise PageError("a page was lost, or is in two states at once")
         if len(self._free) != len(set(self._free)):
             raise PageError("a page is twice on the free list")
-        if (self._references_P < 0).any():
+        if min(self._references) < 0:
             raise PageError("a page has a negative reference count")
-        if {d: p for p, d in self._digest_of.items()} != self._page_of:
+        named = {page: digest for page, digest in enumerate(self._digest_of) if digest is not None}
+        if {digest: page for page, digest in named.items()} != self._page_of:
             raise PageError("digests and pages disagree")
-        if not set(self._unused) <= set(self._digest_of):
+        if not self._unused.items() <= named.items():
             raise PageError("an unused cached page has no digest")

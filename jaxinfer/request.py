@@ -253,4 +253,6 @@ class Request:
     @property
     def known_token_ids(self) -> np.ndarray:
         """Prompt and output so far, int32: what is computed anew after a preemption."""
+        if not self.token_ids:
+            return self.prompt_token_ids
         return np.concatenate([self.prompt_token_ids, np.asarray(self.token_ids, np.int32)])

@@ -7,7 +7,8 @@ logits, parameters and history only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from jaxinfer.distribution import argmax, masses, pick, top
 from jaxinfer.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -28,8 +30,6 @@ SAMPLED, FILTERED, PENALISED, BIASED, BAD_WORDS, MIN_TOKENS, LOGPROBS, TOP_LOGPR
     1 << bit for bit in range(8)
 )
 
-# Reductions over the vocabulary go in blocks: on CPU a plain argmax is many times slower.
-BLOCK = 128
 # Positions of the history that one iteration of the penalties' loop counts.
 HISTORY_CHUNK = 512
 
@@ -80,9 +80,7 @@ class SamplingRows:
     features_B: each slot's feature bits.
     """
 
-    _WIDE = ("stop_ids_BC", "bias_ids_BC", "bias_BC", "bad_words_BXC")
-
-    def __init__(self, num_slots: int, put: Callable[[np.ndarray], Array]):
+    def __init__(self, num_slots: int, put: Callable[[np.ndarray], Any]):
         def full(value: float, dtype: type, *shape: int) -> np.ndarray:
             return np.full((num_slots, *shape), value, dtype)
 
@@ -106,6 +104,10 @@ class SamplingRows:
             "bad_words_BXC": full(-1, np.int32, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
         }
         self._dirty = set(self._rows)
+        # Slots whose row of a wide array holds something.
+        self._filled: dict[str, set[int]] = {
+            name: set() for name in ("stop_ids_BC", "bias_ids_BC", "bias_BC", "bad_words_BXC")
+        }
         self._device: dict[str, Array] = {}
         self.features_B = np.zeros(num_slots, np.int32)
 
@@ -127,33 +129,37 @@ class SamplingRows:
             "min_len_B": request.prompt_len + params.min_tokens,
         }
         for name, value in narrow.items():
-            self._change(name, slot, np.asarray(value, self._rows[name].dtype))
+            row = self._rows[name]
+            if row[slot] != value:
+                row[slot] = value
+                self._dirty.add(name)
         bias = params.logit_bias or {}
-        for name, values in (
-            ("stop_ids_BC", request.stop_ids if params.min_tokens else ()),
-            ("bias_ids_BC", tuple(bias)),
-            ("bias_BC", tuple(bias.values())),
-        ):
-            row = np.full_like(self._rows[name][slot], 0 if name == "bias_BC" else -1)
-            row[: len(values)] = values
-            self._change(name, slot, row)
-        words = np.full_like(self._rows["bad_words_BXC"][slot], -1)
-        for index, word in enumerate(request.bad_words):
-            words[index, words.shape[1] - len(word) :] = word
-        self._change("bad_words_BXC", slot, words)
+        self._set_wide("stop_ids_BC", slot, request.stop_ids if params.min_tokens else ())
+        self._set_wide("bias_ids_BC", slot, tuple(bias))
+        self._set_wide("bias_BC", slot, tuple(bias.values()))
+        width = MAX_BAD_WORD_TOKENS
+        words = [(-1,) * (width - len(word)) + word for word in request.bad_words]
+        self._set_wide("bad_words_BXC", slot, words)
         self.features_B[slot] = _features(request)
 
-    def _change(self, name: str, slot: int, value: np.ndarray) -> None:
-        if not np.array_equal(self._rows[name][slot], value):
-            self._rows[name][slot] = value
-            self._dirty.add(name)
+    def _set_wide(self, name: str, slot: int, values: Sequence[Any]) -> None:
+        """Enter a list; most requests have none, and most slots had none before."""
+        if not values and slot not in self._filled[name]:
+            return
+        row = self._rows[name][slot]
+        row[:] = 0 if name == "bias_BC" else -1
+        row[: len(values)] = values or 0
+        self._dirty.add(name)
+        (self._filled[name].add if values else self._filled[name].discard)(slot)
 
     def table(self) -> SamplingTable:
         """The table on the device; arrays that did not change are the ones of the last call."""
-        for name in self._dirty:
-            self._device[name] = self._put(self._rows[name].copy())
-        self._dirty.clear()
-        return SamplingTable(**self._device)
+        if self._dirty:
+            for name in self._dirty:
+                self._device[name] = self._put(self._rows[name].copy())
+            self._dirty.clear()
+            self._table = SamplingTable(**self._device)
+        return self._table
 
 
 def _features(request: Request) -> int:
@@ -191,42 +197,41 @@ def sample(
     """
     row = jax.tree.map(lambda leaf: leaf[slots_B], table)
     raw_BV = logits_BV.astype(jnp.float32)
+    scores_BV = adjust(raw_BV, history_BT, row, slots_B, positions_B, features)
+    greedy_B = argmax(scores_BV)
 
-    def given(bits: int, apply: Callable[[Array], Array], value: Array) -> Array:
-        return lax.cond(features & bits != 0, apply, lambda value: value, value)
+    def drawn() -> Array:
+        drawn_B = _draw(scores_BV, row, positions_B, features)
+        return jnp.where(row.temperature_B > 0, drawn_B, greedy_B)
 
-    scores_BV = given(BIASED, lambda x: _add_bias(x, row), raw_BV)
-    scores_BV = given(MIN_TOKENS, lambda x: _forbid_stops(x, row, positions_B), scores_BV)
-    scores_BV = given(
-        BAD_WORDS, lambda x: _forbid_words(x, row, history_BT, slots_B, positions_B), scores_BV
-    )
-    scores_BV = given(
-        PENALISED, lambda x: _penalise(x, row, history_BT, slots_B, positions_B), scores_BV
-    )
-    tokens_B = given(
-        SAMPLED,
-        lambda greedy_B: jnp.where(
-            row.temperature_B > 0, _draw(scores_BV, row, positions_B, features), greedy_B
-        ),
-        argmax(scores_BV),
-    )
+    tokens_B = lax.cond(features & SAMPLED != 0, drawn, lambda: greedy_B)
     tokens_B = jnp.where(targets_B >= 0, targets_B, tokens_B)
     return Sampled(tokens_B, *_logprobs(raw_BV, tokens_B, features))
 
 
-def _blocks(values_BV: Array, fill: float) -> Array:
-    """`[B, V]` as `[B, V / BLOCK, BLOCK]`, padded with `fill`."""
-    rows, size = values_BV.shape
-    padded = jnp.pad(values_BV, [(0, 0), (0, -size % BLOCK)], constant_values=fill)
-    return padded.reshape(rows, -1, BLOCK)
+def adjust(
+    logits_BV: Array,
+    history_BT: Array,
+    row: SamplingTable,
+    slots_B: Array,
+    positions_B: Array,
+    features: Array,
+) -> Array:
+    """The scores to choose by: logits after bias, bans and penalties, in this order.
 
-
-def argmax(scores_BV: Array) -> Array:
-    """The first largest entry of each row, int32: find the block, then look inside it."""
-    blocks = _blocks(scores_BV, -jnp.inf)
-    block_B = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-    inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-    return (block_B * BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+    row: the table's rows of these slots; the rest as in `sample`.
+    """
+    history = history_BT, slots_B, positions_B
+    steps: tuple[tuple[int, Callable[[Array], Array]], ...] = (
+        (BIASED, lambda scores: _add_bias(scores, row)),
+        (MIN_TOKENS, lambda scores: _forbid_stops(scores, row, positions_B)),
+        (BAD_WORDS, lambda scores: _forbid_words(scores, row, *history)),
+        (PENALISED, lambda scores: _penalise(scores, row, *history)),
+    )
+    scores_BV = logits_BV
+    for bit, step in steps:
+        scores_BV = lax.cond(features & bit != 0, step, lambda scores: scores, scores_BV)
+    return scores_BV
 
 
 def _scatter_rows(ids_BC: Array) -> tuple[Array, Array]:
@@ -292,85 +297,17 @@ def _penalise(
     return scores_BV - row.presence_penalty_B[:, None] * (output_BV > 0)
 
 
-def _ordered(values: Array) -> Array:
-    """Float32 as int32 in the same order."""
-    bits = lax.bitcast_convert_type(values, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _largest_threshold(holds: Callable[[Array], Array], rows: int) -> Array:
-    """Bisection: the largest int32 per row for which `holds` (true at the bottom, monotone)."""
-    low_B = jnp.full(rows, jnp.iinfo(jnp.int32).min)
-    high_B = jnp.full(rows, jnp.iinfo(jnp.int32).max)
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_B, high_B = bounds
-        # The mean without overflow, rounded up so that the interval always shrinks.
-        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1) + ((low_B ^ high_B) & 1)
-        good_B = holds(middle_B)
-        return jnp.where(good_B, middle_B, low_B), jnp.where(good_B, high_B, middle_B - 1)
-
-    return lax.fori_loop(0, 32, halve, (low_B, high_B))[0]
-
-
-def keep_mask(scores_BV: Array, row: SamplingTable) -> Array:
-    """Tokens that min-p, top-k and top-p leave of scores that temperature has divided.
-
-    Top-p looks at what the other two left.  Thresholds are found by bisection over the float's
-    bits: 32 passes over the scores, where sorting them costs a hundred times a pass.
-    """
-    rows, size = scores_BV.shape
-    peak_B1 = jnp.max(scores_BV, axis=-1, keepdims=True)
-    keep_BV = scores_BV >= peak_B1 + jnp.log(row.min_p_B)[:, None]
-    order_BV = _ordered(scores_BV)
-    count_B = jnp.where(row.top_k_B > 0, jnp.minimum(row.top_k_B, size), size)
-    threshold_B = _largest_threshold(
-        lambda least_B: jnp.sum(order_BV >= least_B[:, None], axis=-1) >= count_B, rows
-    )
-    keep_BV &= order_BV >= threshold_B[:, None]
-    mass_BV = jnp.where(keep_BV, jnp.exp(scores_BV - peak_B1), 0.0)
-    wanted_B = row.top_p_B * jnp.sum(mass_BV, axis=-1)
-    threshold_B = _largest_threshold(
-        lambda least_B: (
-            jnp.sum(jnp.where(order_BV >= least_B[:, None], mass_BV, 0.0), axis=-1) >= wanted_B
-        ),
-        rows,
-    )
-    return keep_BV & ((order_BV >= threshold_B[:, None]) | (row.top_p_B >= 1)[:, None])
-
-
 def _draw(scores_BV: Array, row: SamplingTable, positions_B: Array, features: Array) -> Array:
-    """One token per row from the filtered softmax, by its inverse distribution function."""
-    temperature_B1 = jnp.where(row.temperature_B > 0, row.temperature_B, 1.0)[:, None]
-    scores_BV = scores_BV / temperature_B1
-    keep_BV = lax.cond(
-        features & FILTERED != 0,
-        lambda scores: keep_mask(scores, row),
-        lambda scores: jnp.ones(scores.shape, bool),
+    """One token per row from its distribution; of greedy rows any."""
+    mass_BV = masses(
         scores_BV,
+        temperature_B=jnp.where(row.temperature_B > 0, row.temperature_B, 1.0),
+        min_p_B=row.min_p_B,
+        top_k_B=row.top_k_B,
+        top_p_B=row.top_p_B,
+        filtered=features & FILTERED != 0,
     )
-    peak_B1 = jnp.max(scores_BV, axis=-1, keepdims=True)
-    mass_BV = jnp.where(keep_BV, jnp.exp(scores_BV - peak_B1), 0.0)
-    blocks = _blocks(mass_BV, 0.0)
-    sums = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
-    target_B = _uniform(row, positions_B) * sums[:, -1]
-    block_B = _first_above(sums, target_B)
-    inside = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-    before_B = jnp.where(
-        block_B > 0, jnp.take_along_axis(sums, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0], 0.0
-    )
-    token_B = _first_above(jnp.cumsum(inside, axis=-1) + before_B[:, None], target_B, inside > 0)
-    return (block_B * BLOCK + token_B).astype(jnp.int32)
-
-
-def _first_above(sums: Array, target_B: Array, possible: Array | None = None) -> Array:
-    """Index of the first sum above the target; rounding may leave none, then the last that grew."""
-    if possible is None:
-        possible = jnp.diff(sums, axis=-1, prepend=0.0) > 0
-    index = jnp.arange(sums.shape[-1])[None]
-    above = (sums > target_B[:, None]) & possible
-    last = jnp.max(jnp.where(possible, index, 0), axis=-1)
-    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last)
+    return pick(mass_BV, _uniform(row, positions_B))
 
 
 def _uniform(row: SamplingTable, positions_B: Array) -> Array:
@@ -394,20 +331,22 @@ def _logprobs(raw_BV: Array, tokens_B: Array, features: Array) -> tuple[Array, .
             jnp.zeros((rows, MAX_LOGPROBS), jnp.float32),
         )
 
-    def top(logprobs_BV: Array) -> tuple[Array, Array]:
-        values, ids = lax.top_k(logprobs_BV, count)
-        pad = [(0, 0), (0, MAX_LOGPROBS - count)]
-        return (
-            jnp.pad(ids, pad).astype(jnp.int32),
-            jnp.pad(values, pad, constant_values=-jnp.inf),
-        )
-
     def wanted(raw_BV: Array) -> tuple[Array, ...]:
-        logprobs_BV = jax.nn.log_softmax(raw_BV)
-        chosen_B1 = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)
-        rank_B = 1 + jnp.sum(logprobs_BV > chosen_B1, axis=-1, dtype=jnp.int32)
-        likeliest = lax.cond(features & TOP_LOGPROBS != 0, top, nothing, logprobs_BV)
-        return chosen_B1[:, 0], rank_B, *likeliest
+        peak_B1 = jnp.max(raw_BV, axis=-1, keepdims=True)
+        total_B1 = jnp.log(jnp.sum(jnp.exp(raw_BV - peak_B1), axis=-1, keepdims=True))
+        chosen_B1 = jnp.take_along_axis(raw_BV, tokens_B[:, None], axis=-1)
+        rank_B = 1 + jnp.sum(jnp.where(raw_BV > chosen_B1, 1.0, 0.0), axis=-1).astype(jnp.int32)
+
+        def likeliest(raw_BV: Array) -> tuple[Array, Array]:
+            values, ids = top(raw_BV, count)
+            pad = [(0, 0), (0, MAX_LOGPROBS - count)]
+            return (
+                jnp.pad(ids, pad),
+                jnp.pad(values - peak_B1 - total_B1, pad, constant_values=-jnp.inf),
+            )
+
+        best = lax.cond(features & TOP_LOGPROBS != 0, likeliest, nothing, raw_BV)
+        return (chosen_B1 - peak_B1 - total_B1)[:, 0], rank_B, *best
 
     def unwanted(raw_BV: Array) -> tuple[Array, ...]:
         return jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.int32), *nothing(raw_BV)

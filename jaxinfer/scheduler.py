@@ -39,7 +39,8 @@ class Plan:
     """One step, decided.  Arrays are fresh copies, safe while the step is in flight.
 
     It names slots and positions, never token values: those are in the device's history, the newest
-    perhaps nowhere else yet.  Rows of one token come first.  The second group of fields has one
+    perhaps nowhere else yet.  Rows of one token come first; `rows_T` and `positions_T` say of each
+    token, end to end, which row it is of and where in its sequence.  The `selected` fields have one
     entry per position whose hidden state is wanted: `selected_B` is its index among the step's
     tokens, `targets_B` the known next token or -1 to sample one.
 
@@ -52,6 +53,8 @@ class Plan:
     lens_B: np.ndarray
     num_single: int
     tables_BM: np.ndarray
+    rows_T: np.ndarray
+    positions_T: np.ndarray
     num_tokens: int
     selected_B: np.ndarray
     selected_slots_B: np.ndarray
@@ -62,11 +65,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a finished step brought: requests that ended, and watched ones with a new token.
+    """What a finished step brought: requests that began or ended, watched ones with a new token.
 
-    `news` holds (request, index of its entry in the plan's second group).
+    first: requests whose first token this is.  `news` holds (request, index of its entry in the
+    plan's `selected` fields).
     """
 
+    first: list[Request]
     finished: list[Request]
     news: list[tuple[Request, int]]
 
@@ -100,11 +105,15 @@ class Scheduler:
         self._token_ids_BT = zeros(self.limits.max_seq_len + 1)
         self._tables_BM = zeros(self.limits.pages_per_row)
         self._num_pages_B = zeros()
+        self._room_B = zeros()  # tokens that these pages hold
         self._registered_B = zeros()
         self._computed_B, self._seen_B, self._length_B = zeros(), zeros(), zeros()
-        self._limit_B, self._select_from_B = zeros(), zeros()
-        self._stop_ids_BC = np.full((rows, 2 * MAX_STOP_TOKEN_IDS), -1, np.int32)
+        self._prompt_len_B, self._select_from_B = zeros(), zeros()
+        self._stop_ids_CB = np.full((2 * MAX_STOP_TOKEN_IDS, rows), -1, np.int32)
+        self._most_stop_ids = 0  # that any request had so far
+        self._last_B = zeros()  # tokens that are ever computed
         self._active_B = np.zeros(rows, bool)  # may be planned
+        self._num_active = self._num_watched = 0
         self._alive_B = np.zeros(rows, bool)  # its tokens still count
         self._watched_B = np.zeros(rows, bool)
         self._last_plan_B = zeros()
@@ -115,11 +124,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting) or bool(self._active_B.any()) or bool(self._leaving)
+        return bool(self._waiting or self._num_active or self._leaving)
 
     @property
     def num_running(self) -> int:
-        return int(self._active_B.sum())
+        return self._num_active
 
     @property
     def num_waiting(self) -> int:
@@ -151,11 +160,9 @@ class Scheduler:
         prompts of running requests, then to waiting ones, each in order of priority and arrival.
         """
         self._drop_finished_waiting()
-        if not (self._waiting or self._active_B.any()):
+        if not (self._waiting or self._num_active):
             return None
-        remaining_B = np.where(self._active_B, self._length_B - self._computed_B, 0)
-        # The last token that a request may have is never computed: nobody asks what follows it.
-        remaining_B[self._computed_B >= self._limit_B - 1] = 0
+        remaining_B = np.minimum(self._length_B, self._last_B) - self._computed_B
         single = self._with_pages(np.flatnonzero(remaining_B == 1))
         budget = self.limits.max_num_tokens - len(single)
         selections = self.limits.max_batch_size - len(single)
@@ -174,73 +181,79 @@ class Scheduler:
                 admitted.append(self._request(slot))
             else:
                 break
-            count = self._chunk(slot, budget, selections)
+            count, selected = self._chunk(slot, budget, selections)
             if count == 0:
                 continue
             rows.append(slot)
             counts.append(count)
             budget -= count
-            selections -= self._selections(slot, count)
+            selections -= selected
             # All rows of a step write before any attends, so the next one may match at once.
             self._register_pages(slot, int(self._computed_B[slot]) + count)
         if len(single) + len(rows) == 0:
             return None
         return self._decide(single, rows, counts, admitted)
 
-    def _chunk(self, slot: int, budget: int, selections: int) -> int:
-        """Tokens of this row to run now, within both budgets."""
+    def _chunk(self, slot: int, budget: int, selections: int) -> tuple[int, int]:
+        """Tokens of this row to run now, within both budgets, and how many of them are selected."""
         start = int(self._computed_B[slot])
-        count = min(int(self._length_B[slot]) - start, budget)
         unselected = max(int(self._select_from_B[slot]) - start, 0)
-        return min(count, unselected + selections)
-
-    def _selections(self, slot: int, count: int) -> int:
-        start = int(self._computed_B[slot])
-        return max(start + count - max(start, int(self._select_from_B[slot])), 0)
+        count = min(int(self._length_B[slot]) - start, budget, unselected + selections)
+        return count, max(count - unselected, 0)
 
     def _decide(
         self, single: np.ndarray, rows: list[int], counts: list[int], admitted: list[Request]
     ) -> Plan:
         """Turn chosen rows into a plan, and take note of what will have run."""
-        # A chunk of one token counts as a single row too, wherever it came from.
-        ones = [slot for slot, count in zip(rows, counts, strict=True) if count == 1]
-        many = [(slot, count) for slot, count in zip(rows, counts, strict=True) if count > 1]
-        slots_B = np.concatenate([single, ones, [slot for slot, _ in many]]).astype(np.int32)
-        lens_B = np.ones(len(slots_B), np.int32)
-        num_single = len(single) + len(ones)
-        lens_B[num_single:] = [count for _, count in many]
-        starts_B = self._computed_B[slots_B]
-        ends_B = starts_B + lens_B
-
-        # Slot and position of every token, end to end.
-        offsets_B = np.cumsum(lens_B) - lens_B
-        slot_T = np.repeat(slots_B, lens_B)
-        position_T = np.arange(len(slot_T)) + np.repeat(starts_B - offsets_B, lens_B)
-        wanted_T = position_T >= self._select_from_B[slot_T]
-        selected_B = np.flatnonzero(wanted_T).astype(np.int32)
-        selected_slots_B, selected_positions_B = slot_T[wanted_T], position_T[wanted_T]
-        targets_B = self._token_ids_BT[selected_slots_B, selected_positions_B + 1]
-        is_last_B = selected_positions_B + 1 >= self._length_B[selected_slots_B]
-        targets_B[is_last_B] = -1
+        # A decoding row computes its newest token and wants what follows.
+        count, starts_B = len(single), self._computed_B[single]
+        ones_B, row_T, unknown_B = np.ones(count, np.int32), np.arange(count), np.full(count, -1)
+        parts = single, ones_B, starts_B, row_T, starts_B, row_T, unknown_B
+        if rows:
+            chunks = self._chunks(rows, counts, count)
+            parts = map(np.concatenate, zip(parts, chunks, strict=True))
+        slots, lens_B, starts_B, row_T, position_T, selected, targets_B = parts
+        selected_slots, positions = slots, position_T
+        if rows:
+            selected_slots, positions = slots[row_T[selected]], position_T[selected]
 
         self._plans += 1
-        self._computed_B[slots_B] = ends_B
-        self._length_B[slots_B] += ends_B == self._length_B[slots_B]
-        self._last_plan_B[slots_B] = self._plans
+        ends_B = starts_B + lens_B
+        self._computed_B[slots] = ends_B
+        self._length_B[slots] += ends_B == self._length_B[slots]
+        self._last_plan_B[slots] = self._plans
         return Plan(
             number=self._plans,
-            slots_B=slots_B,
+            slots_B=slots,
             starts_B=starts_B,
             lens_B=lens_B,
-            num_single=num_single,
-            tables_BM=self._tables_BM[slots_B],
-            num_tokens=len(slot_T),
-            selected_B=selected_B,
-            selected_slots_B=selected_slots_B,
-            selected_positions_B=selected_positions_B.astype(np.int32),
+            num_single=int((lens_B == 1).sum()),
+            tables_BM=self._tables_BM.take(slots, axis=0),
+            rows_T=row_T,
+            positions_T=position_T,
+            num_tokens=len(row_T),
+            selected_B=selected,
+            selected_slots_B=selected_slots,
+            selected_positions_B=positions,
             targets_B=targets_B,
             admitted=admitted,
         )
+
+    def _chunks(self, rows: list[int], counts: list[int], before: int) -> tuple[np.ndarray, ...]:
+        """Slots, lengths and starts of these rows; row and position of their tokens; which tokens
+        are selected, and their targets.  `before` rows, of one token each, stand before them."""
+        # A chunk of one token counts as a single row too, wherever it came from.
+        chunks = sorted(zip(counts, rows, strict=True), key=lambda chunk: chunk[0] > 1)
+        lens_B, slots = np.array(chunks).T
+        starts_B = self._computed_B[slots]
+        row_T = np.arange(len(slots)).repeat(lens_B)
+        position_T = np.arange(len(row_T)) + (starts_B - lens_B.cumsum() + lens_B)[row_T]
+        selected = np.flatnonzero(position_T >= self._select_from_B[slots][row_T])
+        slot_B, next_B = slots[row_T[selected]], position_T[selected] + 1
+        targets_B = np.full(len(selected), -1)
+        known = np.flatnonzero(next_B < self._length_B[slot_B])
+        targets_B[known] = self._token_ids_BT[slot_B[known], next_B[known]]
+        return slots, lens_B, starts_B, row_T + before, position_T, selected + before, targets_B
 
     def _rank(self, slot: int) -> tuple[int, int]:
         """Who goes first: lower priority numbers, then earlier arrivals."""
@@ -252,18 +265,27 @@ class Scheduler:
     def _with_pages(self, slots: np.ndarray) -> np.ndarray:
         """Those of the decoding slots that have, or now get, the page for their next token."""
         self._short_of_pages = False
-        page_of_next = self._computed_B[slots] // self.limits.page_size
-        short = slots[page_of_next >= self._num_pages_B[slots]]
-        if not len(short):
+        short = slots[self._computed_B[slots] >= self._room_B[slots]]
+        if len(short) <= self.pages.available:
+            self._give_page(short)
             return slots
         runs_B = self._active_B.copy()
         for slot in sorted(short.tolist(), key=self._rank):
-            if self._active_B[slot] and not self._take_pages(slot):
+            if self._active_B[slot] and not self._free_a_page(slot):
                 runs_B[slot] = False
+            elif self._active_B[slot]:
+                self._give_page(np.array([slot]))
         return slots[runs_B[slots] & self._active_B[slots]]
 
-    def _take_pages(self, slot: int) -> bool:
-        """Give a running row one more page, preempting the rows that rank last if need be.
+    def _give_page(self, slots: np.ndarray) -> None:
+        """One more page for each of these running rows."""
+        self._tables_BM[slots, self._num_pages_B[slots]] = self.pages.take(len(slots))
+        self._num_pages_B[slots] += 1
+        self._room_B[slots] += self.limits.page_size
+        self._reserved -= len(slots) * self.guaranteed
+
+    def _free_a_page(self, slot: int) -> bool:
+        """Preempt the rows that rank last until there is a page for a running row.
 
         False if it must be waited for: a preempted row's pages return after the step in flight.
         """
@@ -275,10 +297,6 @@ class Scheduler:
             self._preempt(victim)
             if victim == slot:
                 return False
-        held = int(self._num_pages_B[slot])
-        (self._tables_BM[slot, held],) = self.pages.take(1)
-        self._num_pages_B[slot] += 1
-        self._reserved -= self.guaranteed
         return True
 
     def _admit_next(self) -> int | None:
@@ -333,57 +351,74 @@ class Scheduler:
         self._tables_BM[slot] = 0
         self._tables_BM[slot, : len(pages)] = pages
         self._num_pages_B[slot] = len(pages)
+        self._room_B[slot] = len(pages) * self.limits.page_size
         self._registered_B[slot] = len(matched)
         self._computed_B[slot] = len(matched) * self.limits.page_size
         self._token_ids_BT[slot, : len(token_ids)] = token_ids
         self._seen_B[slot] = self._length_B[slot] = len(token_ids)
-        self._limit_B[slot] = request.limit
+        self._prompt_len_B[slot] = request.prompt_len
+        self._last_B[slot] = request.limit - 1  # nobody asks what follows the last token
         self._select_from_B[slot] = request.select_from
-        self._stop_ids_BC[slot] = -1
-        self._stop_ids_BC[slot, : len(request.stop_ids)] = request.stop_ids
+        self._most_stop_ids = max(self._most_stop_ids, len(request.stop_ids))
+        self._stop_ids_CB[: self._most_stop_ids, slot] = -1
+        self._stop_ids_CB[: len(request.stop_ids), slot] = request.stop_ids
         self._active_B[slot] = self._alive_B[slot] = True
         self._watched_B[slot] = request.watched
+        self._num_active += 1
+        self._num_watched += request.watched
 
     def _register_pages(self, slot: int, computed: int) -> None:
         """Name the pages that the first `computed` tokens fill, so that others can match them."""
         request = self._request(slot)
+        done = int(self._registered_B[slot])
         full = min(computed // self.limits.page_size, len(request.digests))
-        for index in range(int(self._registered_B[slot]), full):
-            self.pages.register(int(self._tables_BM[slot, index]), request.digests[index])
-        self._registered_B[slot] = max(full, self._registered_B[slot])
+        if full > done:
+            pages = self._tables_BM[slot, done:full].tolist()
+            for page, digest in zip(pages, request.digests[done:full], strict=True):
+                self.pages.register(page, digest)
+            self._registered_B[slot] = full
 
     # -- results ------------------------------------------------------------------------------
 
     def commit(self, plan: Plan, tokens_B: np.ndarray) -> Commit:
         """Take note of a finished step's tokens, one per selected position of its plan."""
         self._committed = plan.number
-        slots_B, positions_B = plan.selected_slots_B, plan.selected_positions_B
-        alive_B = self._alive_B[slots_B]
-        fresh_B = alive_B & (plan.targets_B < 0)
-        slots, positions, tokens = slots_B[fresh_B], positions_B[fresh_B] + 1, tokens_B[fresh_B]
-        self._token_ids_BT[slots, positions] = tokens
-        self._seen_B[slots] = positions + 1
-        self._select_from_B[slots_B[alive_B]] = positions_B[alive_B] + 1
+        slots, ends = plan.selected_slots_B, plan.selected_positions_B + 1
+        alive_B = self._alive_B[slots]
+        news = []
+        if self._num_watched:
+            watched = np.flatnonzero(alive_B & self._watched_B[slots]).tolist()
+            news = [(self._request(slots[index]), index) for index in watched]
+        if (plan.targets_B >= 0).any():
+            scored = np.flatnonzero(alive_B & (plan.targets_B >= 0))
+            self._select_from_B[slots[scored]] = ends[scored]
+            alive_B[scored] = False
+        if not alive_B.all():
+            slots, ends, tokens_B = slots[alive_B], ends[alive_B], tokens_B[alive_B]
+        self._token_ids_BT.reshape(-1)[slots * self._token_ids_BT.shape[1] + ends] = tokens_B
+        self._seen_B[slots] = ends + 1
 
-        news = [
-            (self._request(slot), index)
-            for index in np.flatnonzero(alive_B & self._watched_B[slots_B]).tolist()
-            if (slot := int(slots_B[index])) >= 0
-        ]
-        stopped = (tokens[:, None] == self._stop_ids_BC[slots]).any(axis=1)
-        full = self._seen_B[slots] >= self._limit_B[slots]
+        begun = slots[ends == self._prompt_len_B[slots]].tolist()
+        first = [self._request(slot) for slot in begun]
+        stopped_B = self._is_stop(slots, tokens_B)
         finished = []
-        for entry in np.flatnonzero(stopped | full).tolist():
-            slot = int(slots[entry])
-            finished.append(self._request(slot))
-            if stopped[entry]:
-                token = int(tokens[entry])
-                by_caller = token in finished[-1].params.stop_token_ids
-                self._end(slot, "stop", token if by_caller else None)
+        for index in np.flatnonzero(stopped_B | (ends >= self._last_B[slots])).tolist():
+            finished.append(request := self._request(slots[index]))
+            if stopped_B[index]:
+                token = int(tokens_B[index])
+                by_caller = token in request.params.stop_token_ids
+                self._end(request.slot, "stop", token if by_caller else None)
             else:
-                self._end(slot, "length", None)
+                self._end(request.slot, "length", None)
         self._release_settled()
-        return Commit(finished, news)
+        return Commit(first, finished, news)
+
+    def _is_stop(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Whether each token is one that ends the request in its slot."""
+        stopped = np.zeros(len(slots), bool)
+        for stop_ids_B in self._stop_ids_CB[: self._most_stop_ids]:
+            stopped |= stop_ids_B[slots] == tokens
+        return stopped
 
     def _request(self, slot: int) -> Request:
         request = self._slots[slot]
@@ -409,6 +444,8 @@ class Scheduler:
     def _leave(self, slot: int) -> None:
         if self._active_B[slot]:
             self._active_B[slot] = False
+            self._length_B[slot] = 0  # nothing remains to be planned
+            self._num_active -= 1
             self._leaving.append(slot)
 
     def _release_settled(self) -> None:
@@ -436,13 +473,15 @@ class Scheduler:
             most = max(request.limit - 1, request.prompt_len)
             self._reserved -= max(self.pages_needed(most) - held, 0)
         self.pages.give_back(pages)
-        self._num_pages_B[slot] = 0
+        self._num_pages_B[slot] = self._room_B[slot] = 0
+        self._num_watched -= request.watched
         self._slots[slot] = None
         self._free_slots.append(slot)
         request.slot = -1
         if request.finish_reason is None:
             request.token_ids = self._token_ids_BT[slot, request.prompt_len : seen].tolist()
-            request.select_from = int(self._select_from_B[slot])
+            more = seen > request.prompt_len
+            request.select_from = seen - 1 if more else int(self._select_from_B[slot])
             self.add(request)
         self._alive_B[slot] = False
 

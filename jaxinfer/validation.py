@@ -126,11 +126,12 @@ def _check_strings(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """Bad words as token ids: each string as it stands, and as it follows a space."""
+    """Bad words as token ids: each string at the start of a text, and as it follows a space."""
     words = [tuple(map(int, word)) for word in params.bad_words_token_ids]
     for text in params.bad_words:
         assert tokenizer is not None
-        for variant in (text.lstrip(), " " + text.lstrip()):
+        bare = text.lstrip()
+        for variant in (bare, " " + bare) if bare else (text,):
             ids = tuple(tokenizer.encode(variant, add_special_tokens=False))
             if ids:
                 words.append(ids)

@@ -67,7 +67,7 @@ def write_pages(
 
 
 # Traced once for all layers of a kind: this halves the time that a model takes to lower.
-@partial(jax.jit, static_argnames=("scale", "window"))
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def paged_attention(
     q_TKGH: Array,
     k_pages_PKSH: Array,
@@ -76,10 +76,12 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Array:
     """Causal softmax attention of every token over its own sequence: returns `[T, K, G, H]`.
 
     scale: multiplies the scores.  window: a token sees this many latest positions, itself included.
+    soft_cap: the scaled scores are bent into (-soft_cap, soft_cap): see `capped`.
     Slots beyond a row's length and padding tokens may hold anything, NaN included; the result of a
     padding token is unspecified but finite.
 
@@ -91,7 +93,7 @@ def paged_attention(
         page_table_BM=rows.page_table_BM,
     )  # fmt: skip
     single_BKGH = _attend_single(
-        q_TKGH[: sizes["B"]], k_pages_PKSH, v_pages_PKSH, rows, scale, window
+        q_TKGH[: sizes["B"]], k_pages_PKSH, v_pages_PKSH, rows, scale, window, soft_cap
     )
     if sizes["B"] == sizes["T"]:
         return single_BKGH
@@ -99,9 +101,14 @@ def paged_attention(
     # A tile may overhang its row; what follows is written later, by the next rows' own tiles.
     out_TKGH = jnp.pad(single_BKGH, [(0, sizes["T"] - sizes["B"] + tile), (0, 0), (0, 0), (0, 0)])
     out_TKGH = _attend_tiles(
-        out_TKGH, q_TKGH, k_pages_PKSH, v_pages_PKSH, rows, tile, scale, window
+        out_TKGH, q_TKGH, k_pages_PKSH, v_pages_PKSH, rows, tile, scale, window, soft_cap
     )
     return out_TKGH[: sizes["T"]]
+
+
+def capped(scores: Array, soft_cap: float | None) -> Array:
+    """Scores bent smoothly into (-soft_cap, soft_cap) (arXiv:2408.00118); unchanged if None."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
 def _page_range(first: Array, last: Array, page_size: int, window: int | None):
@@ -138,7 +145,7 @@ def _finish(carry, dtype: jnp.dtype) -> Array:
     return (acc / jnp.where(total == 0, 1.0, total)[..., None]).astype(dtype)
 
 
-def _attend_single(q_BKGH, k_pages_PKSH, v_pages_PKSH, rows, scale, window) -> Array:
+def _attend_single(q_BKGH, k_pages_PKSH, v_pages_PKSH, rows, scale, window, soft_cap) -> Array:
     """All rows of one token at once, a page of each per iteration; other rows get zeros."""
     sizes = dims(q_BKGH=q_BKGH, k_pages_PKSH=k_pages_PKSH)
     slots = sizes["S"]
@@ -159,6 +166,7 @@ def _attend_single(q_BKGH, k_pages_PKSH, v_pages_PKSH, rows, scale, window) -> A
         scores_BKGS = scale * jnp.einsum(
             "BKGH,BKSH->BKGS", q_BKGH, k_BKSH, preferred_element_type=jnp.float32
         )
+        scores_BKGS = capped(scores_BKGS, soft_cap)
         return _online_softmax(
             carry, scores_BKGS, seen_BS[:, None, None], v_BKSH, "BKGS,BKSH->BKGH"
         )
@@ -167,7 +175,9 @@ def _attend_single(q_BKGH, k_pages_PKSH, v_pages_PKSH, rows, scale, window) -> A
     return _finish(carry, q_BKGH.dtype)
 
 
-def _attend_tiles(out_TKGH, q_TKGH, k_pages_PKSH, v_pages_PKSH, rows, tile, scale, window) -> Array:
+def _attend_tiles(
+    out_TKGH, q_TKGH, k_pages_PKSH, v_pages_PKSH, rows, tile, scale, window, soft_cap
+) -> Array:
     """The rows of several tokens, one after the other, in tiles of `tile` query positions."""
     sizes = dims(q_TKGH=q_TKGH, k_pages_PKSH=k_pages_PKSH)
     slots = sizes["S"]
@@ -193,6 +203,7 @@ def _attend_tiles(out_TKGH, q_TKGH, k_pages_PKSH, v_pages_PKSH, rows, tile, scal
             scores_KGQS = scale * jnp.einsum(
                 "QKGH,KSH->KGQS", q_QKGH, k_KSH, preferred_element_type=jnp.float32
             )
+            scores_KGQS = capped(scores_KGQS, soft_cap)
             seen_QS &= written_S[None]
             return _online_softmax(carry, scores_KGQS, seen_QS[None, None], v_KSH, "KGQS,KSH->KGQH")
 

@@ -1,7 +1,7 @@
 """Writes tests/fixtures/: tiny checkpoints and tokenizers with the answers of transformers.
 
-Run by hand, never by the tests: `pip install torch==2.13.0 transformers==5.23.0 jinja2`, then
-`python tests/make_fixtures.py`. The versions used are written into every expected.* file.
+Run by hand, never by the tests: `pip install torch==2.13.0 transformers==5.24.0 jinja2`, then
+`python tests/make_fixtures.py [NAME …]`. The versions used are written into every expected.* file.
 
 <model>/expected.npz   prompts [3, 41] int32, padded with -1; for each prompt i of T tokens:
                        logits_i [T, V] float32 (float32 arithmetic, eager attention, no cache),
@@ -19,6 +19,7 @@ import collections
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,19 @@ PROMPT_LENGTHS, NEW_TOKENS = (5, 23, 41), 24
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0,
               high_freq_factor=4.0, original_max_position_embeddings=64)
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
+YARN = dict(rope_type="yarn", rope_theta=20.0, factor=4.0, original_max_position_embeddings=32,
+            beta_fast=3.0, beta_slow=0.5)
+# All prompts are longer than the first one's original context, none is than the second's.
+LONG = dict(rope_type="longrope", rope_theta=100.0, short_factor=[9.0] * 6,
+            long_factor=[1.0, 1.1, 1.5, 2.0, 3.5, 6.0])
+SHORT = dict(rope_type="longrope", rope_theta=100.0, partial_rotary_factor=0.75,
+             short_factor=[1.0, 1.2, 1.7, 2.5, 4.0, 4.5], long_factor=[9.0] * 6,
+             attention_factor=1.25)
+# A window slides in the layers that are not full, with a base of its own and no scaling.
+TWO_LINEAR = dict(full_attention=LINEAR,
+                  sliding_attention=dict(rope_type="default", rope_theta=100.0))
+TWO_YARN = dict(full_attention=YARN,
+                sliding_attention=dict(rope_type="default", rope_theta=20.0))
 # Name: (family, V, D, F, layers, N, K), other config fields. All else is in `make_model`.
 MODELS = {
     "llama": (("llama", 131, 36, 36, 2, 3, 3), dict(head_dim=12)),
@@ -52,24 +66,52 @@ MODELS = {
     "qwen2-window": (("qwen2", 137, 36, 24, 3, 3, 1), dict(
         use_sliding_window=True, sliding_window=6, max_window_layers=1)),
     "qwen3": (("qwen3", 151, 20, 28, 2, 8, 2), dict(head_dim=24)),
+    "gemma2": (("gemma2", 149, 24, 28, 3, 4, 2), dict(
+        head_dim=12, query_pre_attn_scalar=5, sliding_window=7, attn_logit_softcapping=2.0,
+        final_logit_softcapping=12.0)),
+    "gemma3": (("gemma3_text", 151, 24, 28, 3, 4, 1), dict(
+        head_dim=20, query_pre_attn_scalar=7, sliding_window=6, sliding_window_pattern=2,
+        rope_parameters=TWO_LINEAR)),
+    "phi3": (("phi3", 139, 36, 28, 2, 3, 3), dict(sliding_window=9, pad_token_id=0)),
+    "phi3-long": (("phi3", 137, 36, 28, 2, 3, 1), dict(
+        rope_parameters=LONG, original_max_position_embeddings=4, pad_token_id=0)),
+    "phi3-partial": (("phi3", 149, 48, 20, 2, 3, 1), dict(
+        rope_parameters=SHORT, original_max_position_embeddings=128, tie_word_embeddings=True,
+        pad_token_id=0)),
+    "smollm3": (("smollm3", 149, 36, 28, 3, 3, 1), dict(
+        no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=8, pad_token_id=0)),
+    "olmo2": (("olmo2", 137, 24, 28, 2, 4, 2), dict(head_dim=12)),
+    "olmo3": (("olmo3", 137, 24, 24, 4, 4, 2), dict(
+        head_dim=12, sliding_window=7, rope_parameters=TWO_YARN)),
+    "granite": (("granite", 151, 36, 28, 3, 3, 1), dict(
+        embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2,
+        logits_scaling=2.5, tie_word_embeddings=True)),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads")
 # The spelling of transformers 4, which most checkpoints have, and that of the first Llama.
-OLD = {"llama3", "llama-bf16", "qwen2", "qwen2-window"}
+OLD = {"llama3", "llama-bf16", "qwen2", "qwen2-window", "gemma2", "gemma3", "phi3-partial",
+       "granite"}
 ABSENT = {"llama-bf16": ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling",
-                         "attention_bias", "mlp_bias", "tie_word_embeddings")}
+                         "attention_bias", "mlp_bias", "tie_word_embeddings"),
+          "gemma2": ("layer_types", "tie_word_embeddings"),
+          "gemma3": ("layer_types", "tie_word_embeddings")}
 # fmt: on
 
 
 def randomise(model, seed, dtype):
     """Draws weights large enough that attention is uneven and the logits are spread."""
     generator = torch.Generator().manual_seed(seed)
+    family = model.config.model_type
+    centre = 0 if "gemma" in family else 1  # of what is stored for a norm
+    echoes = "gemma" in family or family == "granite"  # scaled and tied: would repeat its input
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
-        gain = 3.0 if "embed" in name or "lm_head" in name else 1.5
-        if "norm" in name:
-            value = 1 + 0.3 * noise
+        gain = 3.0 if not echoes and ("embed" in name or "lm_head" in name) else 1.5
+        if echoes and name == "model.norm.weight":
+            value = centre - 1 + 1.5 * noise
+        elif "norm" in name:
+            value = centre + 0.3 * noise
         else:
             value = 0.5 * noise if "bias" in name else noise * gain / weight.shape[-1] ** 0.5
         weight.data.copy_(value.to(dtype))
@@ -105,7 +147,13 @@ def rewrite_config(path, absent):
     """Spells config.json as transformers 4 does, without the keys in `absent`."""
     config = json.loads(path.read_text())
     rope, config["torch_dtype"] = config.pop("rope_parameters"), config.pop("dtype")
+    if "sliding_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")
+        rope = rope["full_attention"]
     config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     if config["model_type"] == "qwen2":
         config.pop("layer_types", None)
@@ -286,10 +334,15 @@ def make_sampling():
 
 
 def main():
-    """Writes everything anew."""
+    """Writes everything anew, or (`make_fixtures.py NAME …`) only these checkpoints."""
     transformers.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)  # sums in one order
+    if names := sys.argv[1:]:
+        for name in names:
+            shutil.rmtree(FIXTURES / name, ignore_errors=True)
+            make_model(name, *MODELS[name])
+        return
     for folder in (path for path in FIXTURES.iterdir() if path.is_dir()):
         shutil.rmtree(folder)
     for name, case in MODELS.items():

@@ -19,7 +19,7 @@ from jaxinfer.models import decoder
 
 MODELS = (
     "llama", "llama-bf16", "llama-bias", "llama-linear", "llama3", "mistral", "qwen2",
-    "qwen2-window", "qwen3",
+    "qwen2-window", "qwen3", "gemma3", "phi3", "phi3-partial", "olmo2",
 )  # fmt: skip
 FILE_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -51,9 +51,39 @@ def tensors_of(folder):
     return tensors
 
 
+def apart(tensors, config):
+    """The tensors with the fused ones of Phi-3 cut into those that other models have."""
+    queries, keys = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
+    cuts = {
+        "qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+        "gate_up_proj": {
+            "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size,
+        },
+    }
+    for name in [name for name in tensors if "qkv_proj" in name or "gate_up_proj" in name]:
+        fused, values = name.split(".")[-2], tensors.pop(name)
+        for part, rows in cuts[fused].items():
+            tensors[name.replace(fused, part)], values = values[:rows], values[rows:]
+        assert not len(values)
+    return tensors
+
+
+def norms(tensors, base, config):
+    """The norms of one layer: under which names depends on where they stand."""
+    if not config.post_norm:
+        names = {"attn_norm_D": "input", "mlp_norm_D": "post_attention"}
+    else:
+        names = {"attn_post_norm_D": "post_attention", "mlp_post_norm_D": "post_feedforward"}
+        if config.pre_norm:
+            names |= {"attn_norm_D": "input", "mlp_norm_D": "pre_feedforward"}
+    return {ours: tensors[f"{base}{theirs}_layernorm.weight"] for ours, theirs in names.items()}
+
+
 def expected(files):
     """The weight tree, head by head from the tensors."""
-    config, tensors = files.config, tensors_of(files.path)
+    config = files.config
+    tensors = apart(tensors_of(files.path), config)
     width, group = config.head_dim, config.num_heads // config.num_kv_heads
 
     def heads(kind, prefix):
@@ -80,13 +110,12 @@ def expected(files):
         attention, mlp = base + "self_attn.", base + "mlp."
         out = tensors[attention + "o_proj.weight"].T
         layer = {
-            "attn_norm_D": tensors[base + "input_layernorm.weight"],
+            **norms(tensors, base, config),
             "qkv_DKUH": fused(attention, "weight"),
             "out_KGHD": np.stack(
                 [np.stack([out[(k * group + g) * width :][:width] for g in range(group)])
                  for k in range(config.num_kv_heads)]
             ),
-            "mlp_norm_D": tensors[base + "post_attention_layernorm.weight"],
             "gate_up_DWF": np.stack(
                 [tensors[mlp + "gate_proj.weight"].T, tensors[mlp + "up_proj.weight"].T], 1
             ),
@@ -101,7 +130,11 @@ def expected(files):
                 [tensors[mlp + "gate_proj.bias"], tensors[mlp + "up_proj.bias"]]
             )
             layer["down_bias_D"] = tensors[mlp + "down_proj.bias"]
-        if config.qk_norm:
+        if config.qk_norm_across_heads:
+            shape = (config.num_kv_heads, group, width)
+            layer["q_norm_KGH"] = tensors[attention + "q_norm.weight"].reshape(shape)
+            layer["k_norm_KH"] = tensors[attention + "k_norm.weight"].reshape(shape[::2])
+        elif config.qk_norm:
             layer["q_norm_H"] = tensors[attention + "q_norm.weight"]
             layer["k_norm_H"] = tensors[attention + "k_norm.weight"]
         tree["layers"].append(layer)
@@ -137,7 +170,9 @@ def test_formats_in_the_file(copied, stored, dtype):
     assert_same(load(files, dtype), expected(files), jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize(("name", "devices"), [("qwen3", 2), ("llama3", 2), ("mistral", 2)])
+@pytest.mark.parametrize(
+    ("name", "devices"), [("qwen3", 2), ("llama3", 2), ("mistral", 2), ("phi3", 1), ("olmo2", 2)]
+)
 def test_chunks_of_any_size_give_the_same(fixtures, monkeypatch, name, devices):
     files = checkpoint.resolve(fixtures / name)
     wanted = expected(files)
@@ -168,7 +203,8 @@ def wide_model(folder, **change):
     for path, _ in jax.tree_util.tree_flatten_with_path(decoder.parameters(files.config))[0]:
         layer = next((key.idx for key in path if hasattr(key, "idx")), None)
         for part in files.family.parts(path[-1].key, layer, files.config.sizes):
-            tensors[part.tensor] = random.normal(size=part.shape).astype(np.float32)
+            shape = (part.rows, *part.shape[1:])
+            tensors[part.tensor] = random.normal(size=shape).astype(np.float32)
     safetensors.numpy.save_file(tensors, folder / checkpoint.SINGLE)
     return files
 
@@ -215,8 +251,9 @@ needs_four = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devic
 
 
 @needs_four
-def test_each_device_reads_only_its_slice(tmp_path, monkeypatch):
-    files = wide_model(tmp_path / "model")
+@pytest.mark.parametrize("family", ["Qwen3", "Phi3"])
+def test_each_device_reads_only_its_slice(tmp_path, monkeypatch, family):
+    files = wide_model(tmp_path / "model", architectures=[f"{family}ForCausalLM"])
     counts = counted(monkeypatch)
     loaded = load(files, devices=4)
     assert_same(loaded, expected(files), jnp.float32)
@@ -255,10 +292,13 @@ def test_a_process_reads_nothing_for_others(tmp_path, monkeypatch):
 
 
 @needs_four
+@pytest.mark.parametrize("family", ["Qwen3", "Phi3"])
 @pytest.mark.parametrize("letter", ["D", "G", "H", "U", "W"])
-def test_axes_that_are_merged_or_fused_can_be_split(tmp_path, letter):
+def test_axes_that_are_merged_or_fused_can_be_split(tmp_path, letter, family):
     """No rule splits these today; the reading is right all the same."""
-    files = wide_model(tmp_path / "model", num_attention_heads=16)  # U = 6, G = 4
+    files = wide_model(  # U = 6, G = 4
+        tmp_path / "model", num_attention_heads=16, architectures=[f"{family}ForCausalLM"]
+    )
     size = files.config.sizes[letter]
     mesh = Mesh(np.array(jax.devices()[: 2 if size % 4 else 4]), ("x",))
     declared = decoder.parameters(files.config)

@@ -43,7 +43,7 @@ def test_impossible_models(change, message):
 
 def test_rope_scaling_is_checked():
     with pytest.raises(ConfigError, match="kind must be one of"):
-        RopeScaling(kind="yarn", factor=2.0)
+        RopeScaling(kind="dynamic", factor=2.0)
     with pytest.raises(ConfigError, match="factor must be at least 1"):
         RopeScaling(kind="linear", factor=0.5)
 

@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "cache": "config shardings",
     "layers": "config kernels shardings",
     "models": "cache layers",
-    "sampling": "request shapes",
+    "distribution": "",
+    "sampling": "distribution request shapes",
     "batch": "kernels sampling scheduler",
     "step": "batch models",
     "checkpoint": "configs models",
@@ -63,7 +64,9 @@ MAY_IMPORT = {
     "interrupts": "",
     "llm": "asynchronous interrupts loading step validation",
     "tasks": "request",
-    "__main__": "llm tasks",
+    "options": "config",
+    "__main__": "llm options tasks",
+    "bench": "llm options",
     "demo": "",
 }
 HOST_MODULES = ("errors", "shapes", "config", "request", "pages", "scheduler", "tokenizer")

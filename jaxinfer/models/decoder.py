@@ -30,19 +30,25 @@ class Parameter:
 def parameters(config: ModelConfig) -> dict[str, Any]:
     """The tree of all parameters of a model, as `Parameter`s; the weights have the same tree."""
 
+    norm = "zeros" if config.norm_offset else "ones"
+
     def declare(*names: str) -> dict[str, Parameter]:
         tree = {}
         for name in names:
             axes = letters(name)
-            init = "ones" if "norm" in name else "zeros" if "bias" in name else "normal"
+            init = norm if "norm" in name else "zeros" if "bias" in name else "normal"
             tree[name] = Parameter(axes, tuple(config.sizes[axis] for axis in axes), init)
         return tree
 
-    layer = ["attn_norm_D", "qkv_DKUH", "out_KGHD", "mlp_norm_D", "gate_up_DWF", "down_FD"]
+    layer = ["qkv_DKUH", "out_KGHD", "gate_up_DWF", "down_FD"]
+    layer += ["attn_norm_D", "mlp_norm_D"] * config.pre_norm
+    layer += ["attn_post_norm_D", "mlp_post_norm_D"] * config.post_norm
     layer += ["qkv_bias_KUH"] * config.qkv_bias
     layer += ["out_bias_D"] * config.out_bias
     layer += ["gate_up_bias_WF", "down_bias_D"] * config.mlp_bias
-    layer += ["q_norm_H", "k_norm_H"] * config.qk_norm
+    if config.qk_norm:
+        across = config.qk_norm_across_heads
+        layer += ["q_norm_KGH", "k_norm_KH"] if across else ["q_norm_H", "k_norm_H"]
     top = ["embed_VD", "final_norm_D"] + ["head_VD"] * (not config.tie_word_embeddings)
     return {**declare(*top), "layers": [declare(*layer) for _ in range(config.num_layers)]}
 
@@ -59,21 +65,25 @@ def forward(
     The hidden states are those after the last layer, before the final norm.  Layers are unrolled: a
     scan over stacked weights copies each slice (it halved the speed on CPU).
     """
-    x_TD = layers.embed(weights["embed_VD"], tokens_T)
+    x_TD = layers.embed(weights["embed_VD"], tokens_T, config)
     rope = layers.rope_tables(rows.positions_T, config)
     k_pages, v_pages = list(cache.k_PKSH), list(cache.v_PKSH)
     for i, layer in enumerate(weights["layers"]):
-        normed_TD = layers.rms_norm(x_TD, layer["attn_norm_D"][None], config.rms_norm_eps)
+        normed_TD = layers.norm(x_TD, layer.get("attn_norm_D"), config)
         attended_TD, k_pages[i], v_pages[i] = layers.attention(
-            layer, normed_TD, k_pages[i], v_pages[i], rows, rope, config, config.window(i)
-        )
-        x_TD += attended_TD
-        normed_TD = layers.rms_norm(x_TD, layer["mlp_norm_D"][None], config.rms_norm_eps)
-        x_TD += layers.mlp(layer, normed_TD)
+            layer, normed_TD, k_pages[i], v_pages[i], rows, rope.get(config.rope(i)), config,
+            config.window(i),
+        )  # fmt: skip
+        attended_TD = layers.norm(attended_TD, layer.get("attn_post_norm_D"), config)
+        x_TD += layers.scaled(attended_TD, config.residual_scale)
+        normed_TD = layers.norm(x_TD, layer.get("mlp_norm_D"), config)
+        fed_TD = layers.mlp(layer, normed_TD, config)
+        fed_TD = layers.norm(fed_TD, layer.get("mlp_post_norm_D"), config)
+        x_TD += layers.scaled(fed_TD, config.residual_scale)
     return Cache(k_PKSH=tuple(k_pages), v_PKSH=tuple(v_pages)), x_TD
 
 
 def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:
     """Final norm and output projection: [B, D] → float32 [B, V]."""
-    normed_BD = layers.rms_norm(hidden_BD, weights["final_norm_D"][None], config.rms_norm_eps)
-    return layers.logits(weights.get("head_VD", weights["embed_VD"]), normed_BD)
+    normed_BD = layers.norm(hidden_BD, weights["final_norm_D"], config)
+    return layers.logits(weights.get("head_VD", weights["embed_VD"]), normed_BD, config)

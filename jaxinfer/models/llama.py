@@ -1,5 +1,8 @@
 """Llama 1, 2, 3 and what has their architecture: SmolLM2, and many others."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxinfer.models.family import Family, Source
 
 FIELDS = {
@@ -12,10 +15,11 @@ FIELDS = {
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "rms_norm_eps",
+    "hidden_act": "activation",
     "tie_word_embeddings": "tie_word_embeddings",
     "bos_token_id": "bos_token_id",
 }
-DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -44,13 +48,17 @@ WEIGHTS = {
     "head_VD": (Source("lm_head.weight", "V,D"),),
 }
 
+
+def biases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One key says whether all four projections of the attention have biases."""
+    return dict.fromkeys(("qkv_bias", "out_bias"), config.get("attention_bias") or False)
+
+
 FAMILY = Family(
     architectures=("LlamaForCausalLM",),
     fields=FIELDS | {"mlp_bias": "mlp_bias"},
     defaults=DEFAULTS | {"max_position_embeddings": 2048},
-    adjust=lambda config: dict.fromkeys(
-        ("qkv_bias", "out_bias"), config.get("attention_bias") or False
-    ),
+    adjust=biases,
     weights=WEIGHTS,
     ignored=("*.rotary_emb.inv_freq",),  # a table that old versions of transformers stored
 )

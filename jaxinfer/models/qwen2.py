@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.models import llama
+from jaxinfer.models import family, llama
 from jaxinfer.models.family import Family
 
 DEFAULTS = llama.DEFAULTS | {"num_key_value_heads": 32, "max_position_embeddings": 32768}
@@ -11,18 +11,10 @@ DEFAULTS = llama.DEFAULTS | {"num_key_value_heads": 32, "max_position_embeddings
 
 def windows(config: Mapping[str, Any]) -> dict[str, Any]:
     """The sliding window and the layers that use it; other keys mean nothing if it is off."""
-    kinds = config.get("layer_types")
     if not config.get("use_sliding_window", False):
         return {}
-    if kinds is None:
-        first = config.get("max_window_layers", 28)
-        layers = tuple(range(first, config["num_hidden_layers"]))
-    else:
-        layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    window = config.get("sliding_window", 4096)
-    if window is None or not layers:
-        return {}
-    return {"sliding_window": window, "sliding_layers": layers}
+    first = config.get("max_window_layers", 28)
+    return family.windows(config, config.get("sliding_window", 4096), lambda i: i >= first)
 
 
 FAMILY = Family(

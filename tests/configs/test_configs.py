@@ -33,6 +33,22 @@ PUBLISHED = {
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini-4k": 3_821_079_552,
+    "phi-3-mini-128k": 3_821_079_552,
+    "phi-4-mini": 3_836_021_760,
+    "phi-4": 14_659_507_200,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
+    "granite-3.3-2b": 2_533_539_840,
+    "granite-3.3-8b": 8_170_864_640,
 }
 GOOD = (configs.MODELS / "qwen2.5-0.5b.yaml").read_text()
 
@@ -56,7 +72,8 @@ def test_the_facts_fit_the_family(name):
     facts = family_of(preset.architecture).facts
     assert {key: getattr(preset.config, key) for key in facts} == facts
     ids = (preset.config.bos_token_id, *preset.config.eos_token_ids)
-    assert all(0 <= token < preset.config.vocab_size for token in ids)
+    assert all(0 <= token < preset.config.vocab_size for token in ids if token is not None)
+    assert preset.config.eos_token_ids
     assert re.fullmatch(r"[\w-]+/[\w.-]+", preset.source)
 
 
@@ -89,7 +106,7 @@ def test_a_hub_id_that_is_not_named_like_the_preset():
 def test_unknown_names_list_what_is_close():
     with pytest.raises(ConfigError, match=r"'llama-3\.1-9b'; close to it: llama-3\.1-8b"):
         configs.load_model_preset("llama-3.1-9b")
-    with pytest.raises(ConfigError, match="'zzz'; there are: llama-2-7b, "):
+    with pytest.raises(ConfigError, match="'zzz'; there are: gemma-2-27b, "):
         configs.load_model_preset("zzz")
     assert configs.find_model_preset("someone/llama-3.1-8b") is None
     assert configs.find_model_preset("../models/llama-2-7b") is None

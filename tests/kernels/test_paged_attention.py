@@ -54,13 +54,15 @@ def build(lens, *, num_tokens, num_rows, K, G, H, S, dtype=jnp.float32, seed=0):
     return arrays, jax.tree.map(jnp.asarray, rows), contexts
 
 
-def expected(q, lens, contexts, scale, window):
+def expected(q, lens, contexts, scale, window, soft_cap=None):
     out, offset = np.zeros(q.shape), 0
     for (queries, length), (k, v) in zip(lens, contexts, strict=True):
         for index in range(queries):
             position = length - queries + index
             first = 0 if window is None else max(position - window + 1, 0)
             scores = scale * np.einsum("KGH,PKH->KGP", q[offset], k[first : position + 1])
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             out[offset] = np.einsum("KGP,PKH->KGH", weights, v[first : position + 1])
@@ -87,6 +89,24 @@ def test_matches_a_plain_softmax(case, K, G, H, S, window):
     want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, window)
     np.testing.assert_allclose(out[:total], want[:total], rtol=2e-5, atol=2e-5)
     assert np.isfinite(out).all(), "padding must come out finite"
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("case", ["decode", "mixed"])
+def test_soft_cap(case, window):
+    """With a cap of 1.5 on scores of deviation 3.2; without it the results are far off."""
+    lens = CASES[case]
+    total = sum(queries for queries, _ in lens)
+    (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=total + 3, num_rows=len(lens) + 1, K=2, G=3, H=16, S=8
+    )
+    pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
+    out = np.asarray(paged_attention(q, *pages, rows, scale=0.8, window=window, soft_cap=1.5))
+    want = expected(np.asarray(q, np.float64), lens, contexts, 0.8, window, 1.5)
+    np.testing.assert_allclose(out[:total], want[:total], rtol=2e-5, atol=2e-5)
+    assert np.isfinite(out).all(), "padding must come out finite"
+    uncapped = expected(np.asarray(q, np.float64), lens, contexts, 0.8, window)
+    assert np.abs(out[:total] - uncapped[:total]).max() > 0.5
 
 
 def test_a_row_per_token_gives_the_same():

@@ -164,12 +164,12 @@ def test_biases_of_llama():
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.*'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "mscale": 0.7}}, "rope_scaling: mscale.*'yarn'"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-            "'dynamic'.*default, linear, llama3",
+            "'dynamic'.*default, linear, llama3, yarn, longrope",
         ),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.*'longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_mscale": 1}}, "short_mscale"),
         ({"rope_scaling": {"type": "default", "mrope_section": [8, 8]}}, "mrope_section"),
         ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
@@ -198,7 +198,7 @@ def test_mathematics_that_is_not_implemented_is_named(change, message):
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": 4.0}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor must be a number"),
-        ({"layer_types": ["full_attention"]}, "one kind for each layer"),
+        ({"layer_types": ["full_attention"]}, "one entry for each layer"),
     ],
 )
 def test_values_that_make_no_sense_are_named(change, message):
@@ -210,11 +210,14 @@ def test_values_that_make_no_sense_are_named(change, message):
 def test_every_parameter_has_sources_of_its_axes(family):
     """All parameters that some config can declare have sources whose axes add up to theirs."""
     assert family_of(family.architectures[0]) is family
-    features = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
-    features["qk_norm"] = "q_norm_H" in family.weights
+    may_have = {
+        "qkv_bias": "qkv_bias_KUH", "out_bias": "out_bias_D", "mlp_bias": "down_bias_D",
+        "qk_norm": "q_norm_H",
+    }  # fmt: skip
+    features = {feature: name in family.weights for feature, name in may_have.items()}
     config = ModelConfig(
         vocab_size=7, hidden_size=10, intermediate_size=11, num_layers=1, num_heads=6,
-        num_kv_heads=2, head_dim=4, max_position_embeddings=8, **features,
+        num_kv_heads=2, head_dim=4, max_position_embeddings=8, **features | family.facts,
     )  # fmt: skip
     tree = decoder.parameters(config)
     declared = {**tree, **tree["layers"][0]}

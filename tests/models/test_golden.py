@@ -10,7 +10,8 @@ from jaxinfer import LLM, SamplingParams
 
 NAMES = [
     "llama", "llama3", "llama-linear", "llama-bias", "llama-bf16", "mistral", "qwen2",
-    "qwen2-window", "qwen3",
+    "qwen2-window", "qwen3", "gemma2", "gemma3", "phi3", "phi3-long", "phi3-partial", "smollm3",
+    "olmo2", "olmo3", "granite",
 ]  # fmt: skip
 
 # What float32 in another order of operations may change in a logit.
@@ -62,6 +63,20 @@ def test_greedy_tokens(golden):
         want, gaps = expected[f"greedy_{index}"], expected[f"gap_{index}"]
         assert gaps.min() > ROUNDING, "the fixture has a near-tie"
         assert output.outputs[0].token_ids == want.tolist()
+
+
+def test_long_rope_follows_the_longest_sequence(fixtures):
+    """The engine cannot rotate cached keys anew, so its limit decides for short sequences too."""
+    folder, options = fixtures / "phi3-partial", {"max_batch_size": 8, "max_num_tokens": 24}
+    prompt = prompts_of(np.load(folder / "expected.npz"))[1]
+    scores = []
+    for length in (128, 129):  # the original context, and one more
+        with LLM(
+            folder, skip_tokenizer_init=True, deterministic=True, max_seq_len=length, **options
+        ) as llm:
+            assert llm.model_config.rope_scaling.use_long == (length > 128)
+            scores.append(llm.score(prompt)[1:])
+    assert np.abs(np.subtract(*scores)).max() > 1
 
 
 def test_score_is_the_sum_of_its_parts(golden):

@@ -1,0 +1,1 @@
+"""Measure the engine: `python -m jaxinfer.bench`, see `--help` and docs/benchmarks.md."""
