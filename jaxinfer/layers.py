@@ -157,10 +157,12 @@ def attention(
         check_vma=False,
     )(q_TKGH, k_TKH, v_TKH, k_pages_PKSH, v_pages_PKSH, rows)
 
-    # Row-parallel: each device adds up its heads; the all-reduce happens here.
-    out_TD = jnp.einsum(
-        "TKGH,KGHD->TD", attended_TKGH, weights["out_KGHD"], out_sharding=spec("TD")
-    )
+    # Row-parallel: each device adds up its heads; the all-reduce happens here.  Not an einsum: that
+    # contracts several axes in an order of its own, for which the weight is transposed every time.
+    out_TD = jax.lax.dot_general(
+        attended_TKGH, weights["out_KGHD"], (((1, 2, 3), (0, 1, 2)), ((), ())),
+        out_sharding=spec("TD"),
+    )  # fmt: skip
     if "out_bias_D" in weights:
         out_TD += weights["out_bias_D"][None]
     return out_TD, k_pages_PKSH, v_pages_PKSH
