@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from jaxinfer.errors import BucketError
-from jaxinfer.kernels.paged_attention import Rows
+from jaxinfer.kernels.rows import Rows
 from jaxinfer.sampling import SamplingRows, SamplingTable
 from jaxinfer.scheduler import Limits, Plan
 from jaxinfer.shapes import Leaf

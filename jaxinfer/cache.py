@@ -9,34 +9,50 @@ from jax.sharding import Mesh
 
 from jaxinfer import shardings
 from jaxinfer.config import ModelConfig
-from jaxinfer.shapes import Leaf
+from jaxinfer.kernels.write_pages import LARGEST, Pool
+
+# What `kv_cache_dtype` calls the formats whose numpy name is another.
+STORED = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int4": "uint8"}
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of all tokens in flight; entry i of each tuple is layer i's pool.
+    """Keys and values of all tokens in flight, a pool for each layer.
 
     A page is `[K, S, H]`: on CPU, attention over this order is ten times faster than over
     `[S, K, H]`.  A slot that no token of a row has written may hold anything finite or not.
     """
 
-    k_PKSH: tuple[Leaf, ...]
-    v_PKSH: tuple[Leaf, ...]
+    pools: tuple[Pool, ...]
+
+
+def stored_dtype(name: str) -> jnp.dtype:
+    """The dtype of a pool's arrays for a `kv_cache_dtype`."""
+    return jnp.dtype(STORED.get(name, name))
+
+
+def _width(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """Elements that one head's key takes: four-bit values lie two in a byte."""
+    return config.head_dim // 2 if dtype == jnp.uint8 else config.head_dim
 
 
 def abstract(
     config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh
 ) -> Cache:
     """The cache's shapes, dtypes and shardings, without its memory."""
-    sizes = {**config.sizes, "P": num_pages, "S": page_size}
-    page = jax.ShapeDtypeStruct(
-        tuple(sizes[axis] for axis in "PKSH"), dtype, sharding=shardings.named(mesh, "PKSH")
-    )
-    pool = (page,) * config.num_layers
-    return Cache(k_PKSH=pool, v_PKSH=pool)
+    sizes = {**config.sizes, "P": num_pages, "S": page_size, "H": _width(config, dtype)}
+
+    def array(axes: str, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        shape = tuple(sizes[axis] for axis in axes)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.named(mesh, axes))
+
+    pages = array("PKSH", dtype)
+    scales = array("PKS", jnp.dtype(jnp.float32)) if dtype.name in LARGEST else None
+    return Cache((Pool(pages, pages, scales, scales),) * config.num_layers)
 
 
 def bytes_per_slot(config: ModelConfig, dtype: jnp.dtype) -> int:
     """Bytes that one token takes over all layers, keys and values, on all devices together."""
-    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    return elements * jnp.dtype(dtype).itemsize
+    scale_bytes = 4 if dtype.name in LARGEST else 0
+    one = _width(config, dtype) * dtype.itemsize + scale_bytes
+    return 2 * config.num_layers * config.num_kv_heads * one

@@ -11,6 +11,7 @@ from typing import Any, Self
 from jaxinfer.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 _TYPES = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,),
     "tuple[int, ...]": (tuple,), "tuple[float, ...]": (tuple,),
@@ -243,7 +244,8 @@ class EngineConfig:
     """How a model is run.  The fields are the keyword arguments of `LLM`.
 
     dtype: number format of weights and activations; "auto": the checkpoint's, float32 on CPU.
-    kv_cache_dtype: number format of the KV cache; "auto": `dtype`.
+    kv_cache_dtype: number format of the KV cache; "auto": `dtype`.  "fp8_e4m3", "fp8_e5m2", "int8"
+        and "int4" hold two to four times as many tokens, with a scale for each slot of each head.
     load_format: "auto" reads the weights of the model folder; "dummy" draws random ones.
     seed: seeds the dummy weights and draws the seeds of requests that bring none; None: from the
         operating system.
@@ -292,7 +294,7 @@ class EngineConfig:
             "tensor_parallel_size",
         )  # fmt: skip
         _one_of(self, "dtype", ("auto", *DTYPES))
-        _one_of(self, "kv_cache_dtype", ("auto", *DTYPES))
+        _one_of(self, "kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))
         _one_of(self, "load_format", ("auto", "dummy"))
         _one_of(self, "scheduling_policy", SCHEDULING_POLICIES)
         if not 0 < self.free_memory_fraction <= 1:

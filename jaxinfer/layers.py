@@ -15,7 +15,9 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxinfer.config import ModelConfig, RopeScaling
-from jaxinfer.kernels.paged_attention import Rows, capped, paged_attention, write_pages
+from jaxinfer.kernels.paged_attention import capped, paged_attention
+from jaxinfer.kernels.rows import Rows
+from jaxinfer.kernels.write_pages import Pool, write_pages
 from jaxinfer.shapes import dims
 from jaxinfer.shardings import spec
 
@@ -111,14 +113,13 @@ def apply_rope(x: Array, cosines: Array, sines: Array) -> Array:
 def attention(
     weights: dict[str, Array],
     x_TD: Array,
-    k_pages_PKSH: Array,
-    v_pages_PKSH: Array,
+    pool: Pool,
     rows: Rows,
     rope: tuple[Array, Array] | None,
     config: ModelConfig,
     window: int | None,
-) -> tuple[Array, Array, Array]:
-    """Self-attention over the paged cache: returns the layer's output [T, D] and the written pages.
+) -> tuple[Array, Pool]:
+    """Self-attention over the paged cache: returns the layer's output [T, D] and the written pool.
 
     The fused projection yields, for each KV head, its G queries, one key and one value (axis U), so
     that splitting K over devices never separates a query from its key.
@@ -138,24 +139,24 @@ def attention(
     if rope is not None:
         q_TKGH, k_TKH = apply_rope(q_TKGH, *rope), apply_rope(k_TKH, *rope)
 
-    def write_and_attend(q_TKGH, k_TKH, v_TKH, k_pages_PKSH, v_pages_PKSH, rows):
+    def write_and_attend(q_TKGH, k_TKH, v_TKH, pool, rows):
         # First write, then attend: the other order costs two copies of the cache.
-        pages = write_pages(k_pages_PKSH, v_pages_PKSH, k_TKH, v_TKH, rows)
+        pool = write_pages(pool, k_TKH, v_TKH, rows)
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         soft_cap = config.attention_soft_cap
         attended_TKGH = paged_attention(
-            q_TKGH, *pages, rows, scale=scale, window=window, soft_cap=soft_cap
+            q_TKGH, pool, rows, scale=scale, window=window, soft_cap=soft_cap
         )
-        return attended_TKGH, *pages
+        return attended_TKGH, pool
 
     # Heads are independent, so each device attends with its own; nothing is exchanged.
-    pages = spec("PKSH")
-    attended_TKGH, k_pages_PKSH, v_pages_PKSH = jax.shard_map(
+    pages = spec("PKS")
+    attended_TKGH, pool = jax.shard_map(
         write_and_attend,
-        in_specs=(spec("TKGH"), spec("TKH"), spec("TKH"), pages, pages, PartitionSpec()),
-        out_specs=(spec("TKGH"), pages, pages),
+        in_specs=(spec("TKGH"), spec("TKH"), spec("TKH"), pages, PartitionSpec()),
+        out_specs=(spec("TKGH"), pages),
         check_vma=False,
-    )(q_TKGH, k_TKH, v_TKH, k_pages_PKSH, v_pages_PKSH, rows)
+    )(q_TKGH, k_TKH, v_TKH, pool, rows)
 
     # Row-parallel: each device adds up its heads; the all-reduce happens here.  Not an einsum: that
     # contracts several axes in an order of its own, for which the weight is transposed every time.
@@ -165,7 +166,7 @@ def attention(
     )  # fmt: skip
     if "out_bias_D" in weights:
         out_TD += weights["out_bias_D"][None]
-    return out_TD, k_pages_PKSH, v_pages_PKSH
+    return out_TD, pool
 
 
 def mlp(weights: dict[str, Array], x_TD: Array, config: ModelConfig) -> Array:

@@ -47,7 +47,9 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
     device = mesh.devices.flat[0]
     own = "float32" if device.platform == "cpu" else files.config.dtype
     dtype = jnp.dtype(own if engine.dtype == "auto" else engine.dtype)
-    cache_dtype = dtype if engine.kv_cache_dtype == "auto" else jnp.dtype(engine.kv_cache_dtype)
+    cache_dtype = cache.stored_dtype(
+        dtype.name if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
+    )
 
     declared = decoder.parameters(files.config)
     places = jax.tree.map(lambda parameter: shardings.named(mesh, parameter.letters), declared)

@@ -25,7 +25,7 @@ from jaxinfer import cache, shardings
 from jaxinfer.batch import Batch, Buckets, Inputs, Selection
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.kernels.paged_attention import Rows
+from jaxinfer.kernels.rows import Rows
 from jaxinfer.models import decoder
 from jaxinfer.sampling import Sampled, SamplingTable, sample
 from jaxinfer.scheduler import Limits

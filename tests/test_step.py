@@ -25,7 +25,7 @@ def count(pattern: str, text: str) -> int:
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_step_copies_no_cache_and_exchanges_twice_a_layer(tiny_model, devices):
     with LLM(tiny_model, **ENGINE, tensor_parallel_size=devices) as llm:
-        pool = llm._state.cache.k_PKSH[0]
+        pool = llm._state.cache.pools[0].k_PKSH
         for program in llm.step._backbones.values():
             text = program.as_text()
             shape = ",".join(map(str, (pool.shape[0], pool.shape[1] // devices, *pool.shape[2:])))
@@ -50,7 +50,7 @@ def test_every_leaf_has_the_sharding_of_its_name(tiny_model):
         assert layer["down_FD"].sharding.shard_shape((96, 48)) == (24, 48)
         assert llm._weights["embed_VD"].sharding.shard_shape((256, 48)) == (64, 48)
         llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
-        pool = llm._state.cache.v_PKSH[1]
+        pool = llm._state.cache.pools[1].v_PKSH
         assert pool.sharding.shard_shape(pool.shape) == (33, 1, 8, 16)
 
 

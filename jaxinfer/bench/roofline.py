@@ -55,7 +55,7 @@ class Work:
         self._layers, self._head = counts["layers"], config.vocab_size * config.hidden_size
         self._layer_bytes = self._layers * weight_bytes
         self._head_bytes = self._head * weight_bytes
-        pool = llm.step.abstract_state.cache.k_PKSH[0]
+        pool = llm.step.abstract_state.cache.pools[0].k_PKSH
         slot_bytes = cache.bytes_per_slot(config, pool.dtype) / devices
         self._bytes_per_slot_and_layer = slot_bytes / config.num_layers
         self._flops_per_pair_and_layer = 4 * config.num_heads * config.head_dim

@@ -174,7 +174,7 @@ def _engine(llm: LLM, model: str) -> dict[str, Any]:
         "version": report.machine()["jaxinfer"],
         "backend": f"jax {jax.__version__} ({jax.default_backend()})",
         "dtype": str(llm.step.dtype),
-        "kv_cache_dtype": str(llm.step.abstract_state.cache.k_PKSH[0].dtype),
+        "kv_cache_dtype": str(llm.step.abstract_state.cache.pools[0].k_PKSH.dtype),
         "quantization": None,
     }
 

@@ -14,7 +14,7 @@ from jax import Array
 from jaxinfer import layers
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.kernels.paged_attention import Rows
+from jaxinfer.kernels.rows import Rows
 from jaxinfer.shapes import letters
 
 
@@ -67,20 +67,20 @@ def forward(
     """
     x_TD = layers.embed(weights["embed_VD"], tokens_T, config)
     rope = layers.rope_tables(rows.positions_T, config)
-    k_pages, v_pages = list(cache.k_PKSH), list(cache.v_PKSH)
-    for i, layer in enumerate(weights["layers"]):
+    pools = []
+    for i, (layer, pool) in enumerate(zip(weights["layers"], cache.pools, strict=True)):
         normed_TD = layers.norm(x_TD, layer.get("attn_norm_D"), config)
-        attended_TD, k_pages[i], v_pages[i] = layers.attention(
-            layer, normed_TD, k_pages[i], v_pages[i], rows, rope.get(config.rope(i)), config,
-            config.window(i),
-        )  # fmt: skip
+        attended_TD, pool = layers.attention(
+            layer, normed_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i)
+        )
+        pools.append(pool)
         attended_TD = layers.norm(attended_TD, layer.get("attn_post_norm_D"), config)
         x_TD += layers.scaled(attended_TD, config.residual_scale)
         normed_TD = layers.norm(x_TD, layer.get("mlp_norm_D"), config)
         fed_TD = layers.mlp(layer, normed_TD, config)
         fed_TD = layers.norm(fed_TD, layer.get("mlp_post_norm_D"), config)
         x_TD += layers.scaled(fed_TD, config.residual_scale)
-    return Cache(k_PKSH=tuple(k_pages), v_PKSH=tuple(v_pages)), x_TD
+    return Cache(tuple(pools)), x_TD
 
 
 def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:

@@ -156,7 +156,7 @@ def test_work_is_what_the_weights_and_contexts_add_up_to(tiny_model):
         llm.generate([3, 4, 5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True))
         weights, config = llm._weights, llm.model_config
         layers = sum(leaf.nbytes for leaf in jax.tree.leaves(weights["layers"]))
-        pools = (*llm._state.cache.k_PKSH, *llm._state.cache.v_PKSH)
+        pools = jax.tree.leaves(llm._state.cache)
         slot = sum(pool.nbytes for pool in pools) / (40 * 8)
         head = weights["head_VD"]
     # Three steps: the prompt of 5 tokens, then one token twice, over contexts of 5, 6 and 7.

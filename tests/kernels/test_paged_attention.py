@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.errors import ShapeError
-from jaxinfer.kernels.paged_attention import Rows, paged_attention, write_pages
+from jaxinfer.kernels.paged_attention import paged_attention
+from jaxinfer.kernels.rows import Rows
+from jaxinfer.kernels.write_pages import LARGEST, Pool, quantize, unpack, write_pages
 
 # (query length, context length with it) of each row; rows of one token come first.
 CASES = {
@@ -54,7 +56,7 @@ def build(lens, *, num_tokens, num_rows, K, G, H, S, dtype=jnp.float32, seed=0):
     return arrays, jax.tree.map(jnp.asarray, rows), contexts
 
 
-def expected(q, lens, contexts, scale, window, soft_cap=None):
+def expected(q, lens, contexts, scale, window, soft_cap=None, sinks=None):
     out, offset = np.zeros(q.shape), 0
     for (queries, length), (k, v) in zip(lens, contexts, strict=True):
         for index in range(queries):
@@ -63,8 +65,11 @@ def expected(q, lens, contexts, scale, window, soft_cap=None):
             scores = scale * np.einsum("KGH,PKH->KGP", q[offset], k[first : position + 1])
             if soft_cap is not None:
                 scores = soft_cap * np.tanh(scores / soft_cap)
+            if sinks is not None:
+                scores = np.concatenate([scores, sinks[..., None]], -1)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
+            weights = weights[..., : position + 1 - first]
             out[offset] = np.einsum("KGP,PKH->KGH", weights, v[first : position + 1])
             offset += 1
     return out
@@ -82,8 +87,8 @@ def test_matches_a_plain_softmax(case, K, G, H, S, window):
 
     @jax.jit
     def run(q, k_pages, v_pages, k_new, v_new, rows):
-        pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
-        return paged_attention(q, *pages, rows, scale=0.3, window=window)
+        pool = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows)
+        return paged_attention(q, pool, rows, scale=0.3, window=window)
 
     out = np.asarray(run(q, k_pages, v_pages, k_new, v_new, rows))
     want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, window)
@@ -100,13 +105,58 @@ def test_soft_cap(case, window):
     (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
         lens, num_tokens=total + 3, num_rows=len(lens) + 1, K=2, G=3, H=16, S=8
     )
-    pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
-    out = np.asarray(paged_attention(q, *pages, rows, scale=0.8, window=window, soft_cap=1.5))
+    pool = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows)
+    out = np.asarray(paged_attention(q, pool, rows, scale=0.8, window=window, soft_cap=1.5))
     want = expected(np.asarray(q, np.float64), lens, contexts, 0.8, window, 1.5)
     np.testing.assert_allclose(out[:total], want[:total], rtol=2e-5, atol=2e-5)
     assert np.isfinite(out).all(), "padding must come out finite"
     uncapped = expected(np.asarray(q, np.float64), lens, contexts, 0.8, window)
     assert np.abs(out[:total] - uncapped[:total]).max() > 0.5
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("case", ["decode", "mixed"])
+def test_sinks_take_their_share(case, window):
+    lens = CASES[case]
+    total = sum(queries for queries, _ in lens)
+    (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=total + 3, num_rows=len(lens) + 1, K=2, G=3, H=16, S=8
+    )
+    sinks = np.random.default_rng(1).normal(size=(2, 3)) * 2
+    pool = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows)
+    out = np.asarray(
+        paged_attention(q, pool, rows, scale=0.3, window=window, sinks_KG=jnp.asarray(sinks))
+    )
+    want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, window, sinks=sinks)
+    np.testing.assert_allclose(out[:total], want[:total], rtol=2e-5, atol=2e-5)
+    assert np.isfinite(out).all(), "padding must come out finite"
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("case", ["decode", "mixed"])
+def test_quantized_pools(case, dtype):
+    """Attention over what the pool stores is exact; what it stores is close to what was given."""
+    lens = CASES[case]
+    total = sum(queries for queries, _ in lens)
+    (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
+        lens, num_tokens=total + 3, num_rows=len(lens) + 1, K=2, G=3, H=16, S=8
+    )
+    (k_pages, k_scale), (v_pages, v_scale) = quantize(k_pages, dtype), quantize(v_pages, dtype)
+    pool = write_pages(Pool(k_pages, v_pages, k_scale, v_scale), k_new, v_new, rows)
+    assert pool.k_PKSH.dtype == dtype
+    assert pool.shape == (*k_scale.shape, 16)
+    out = np.asarray(paged_attention(q, pool, rows, scale=0.3))
+
+    def stored(values):
+        values, scale = quantize(jnp.asarray(values), dtype)
+        return np.asarray(unpack(values, jnp.float32) * scale[..., None], np.float64)
+
+    kept = [tuple(map(stored, pair)) for pair in contexts]
+    want = expected(np.asarray(q, np.float64), lens, kept, 0.3, None)
+    np.testing.assert_allclose(out[:total], want[:total], rtol=3e-5, atol=3e-5)
+    near = {"float8_e4m3fn": 0.2, "float8_e5m2": 0.4, "int8": 0.02, "uint8": 0.3}[dtype]
+    exact = expected(np.asarray(q, np.float64), lens, contexts, 0.3, None)
+    np.testing.assert_allclose(out[:total], exact[:total], atol=near)
 
 
 def test_a_row_per_token_gives_the_same():
@@ -115,7 +165,7 @@ def test_a_row_per_token_gives_the_same():
     (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
         lens, num_tokens=14, num_rows=4, **kinds
     )
-    pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
+    pool = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows)
     each = np.minimum(np.asarray(rows.rows_T), 2)
     split = rows.replace(
         rows_T=jnp.arange(14),
@@ -126,7 +176,7 @@ def test_a_row_per_token_gives_the_same():
         num_rows=jnp.int32(12),
         num_single=jnp.int32(12),
     )
-    out = np.asarray(paged_attention(q, *pages, split, scale=0.3, window=6))
+    out = np.asarray(paged_attention(q, pool, split, scale=0.3, window=6))
     want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, 6)
     np.testing.assert_allclose(out[:12], want[:12], rtol=2e-5, atol=2e-5)
 
@@ -136,8 +186,8 @@ def test_bfloat16_stays_close():
     (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
         lens, num_tokens=80, num_rows=6, K=2, G=2, H=16, S=8, dtype=jnp.bfloat16
     )
-    pages = write_pages(k_pages, v_pages, k_new, v_new, rows)
-    out = paged_attention(q, *pages, rows, scale=0.25)
+    pool = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows)
+    out = paged_attention(q, pool, rows, scale=0.25)
     assert out.dtype == jnp.bfloat16
     want = expected(np.asarray(q, np.float64), lens, contexts, 0.25, None)
     total = sum(queries for queries, _ in lens)
@@ -149,7 +199,7 @@ def test_writes_land_in_their_slots_and_padding_in_page_zero():
     (_, k_pages, v_pages, k_new, v_new), rows, contexts = build(
         lens, num_tokens=7, num_rows=3, K=1, G=1, H=4, S=4
     )
-    k_after, _ = write_pages(k_pages, v_pages, k_new, v_new, rows)
+    k_after = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows).k_PKSH
     before, after = np.asarray(k_pages), np.asarray(k_after)
     changed = {
         (page, slot)
@@ -167,5 +217,5 @@ def test_shapes_that_disagree_are_named():
     (q, k_pages, v_pages, *_), rows, _ = build(
         [(1, 3)], num_tokens=2, num_rows=1, K=2, G=1, H=4, S=4
     )
-    with pytest.raises(ShapeError, match=r"k_pages_PKSH has K=1, but q_TKGH has K=2"):
-        paged_attention(q, k_pages[:, :1], v_pages, rows, scale=1.0)
+    with pytest.raises(ShapeError, match=r"pool_PKSH has K=1, but q_TKGH has K=2"):
+        paged_attention(q, Pool(k_pages[:, :1], v_pages[:, :1]), rows, scale=1.0)
