@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from jaxinfer.config import ModelConfig, RopeScaling, field_names, reject_unknown
+from jaxinfer.config import ModelConfig, field_names, reject_unknown
 from jaxinfer.errors import ConfigError
 
 MODELS = Path(__file__).with_name("models")
@@ -135,28 +135,9 @@ def _model_preset(path: Path) -> ModelPreset:
             raise ConfigError(f"{path}: {key} must be {noun}, got {values[key]!r}")
     top = {key: values.pop(key) for key in own}
     try:
-        return ModelPreset(name=path.stem, **top, config=_model_config(values))
+        return ModelPreset(name=path.stem, **top, config=ModelConfig.from_dict(values))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _model_config(values: dict[str, Any]) -> ModelConfig:
-    _lists_to_tuples(values)
-    scaling = values.get("rope_scaling")
-    if isinstance(scaling, dict):
-        _lists_to_tuples(scaling)
-        reject_unknown("rope_scaling", scaling, field_names(RopeScaling), ConfigError)
-        for key in field_names(RopeScaling)[:2]:
-            if key not in scaling:
-                raise ConfigError(f"rope_scaling.{key} is missing")
-        values["rope_scaling"] = RopeScaling(**scaling)
-    elif scaling is not None:
-        raise ConfigError(f"rope_scaling must be a mapping or null, got {scaling!r}")
-    return ModelConfig(**values)
-
-
-def _lists_to_tuples(values: dict[str, Any]) -> None:
-    values.update({key: tuple(value) for key, value in values.items() if isinstance(value, list)})
 
 
 class _StrictLoader(yaml.SafeLoader):

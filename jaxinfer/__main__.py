@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxinfer generate`.
+"""The command line: `python -m jaxinfer generate`, and `save`.
 
 Options are the fields of `EngineConfig` and `SamplingParams`, with the help of their docstrings.
 jax is imported only once all input was read and found good.
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import jaxinfer
 from jaxinfer import tasks
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import EngineConfig, field_names
 from jaxinfer.errors import ConfigError, JaxinferError, RequestError, TokenizerError
 from jaxinfer.options import add_fields, given
 from jaxinfer.request import RequestOutput, SamplingParams
@@ -32,7 +32,10 @@ AHEAD = 1024
 # Fields that no option can give, and names that both classes have (the engine's keeps its name).
 WITHOUT_OPTION = {"EngineConfig.devices"}
 RENAMED = {"SamplingParams.seed": "sampling-seed"}
+# What saving a model depends on.
+SAVE_FIELDS = ("dtype", "load_format", "seed", "tokenizer", "tensor_parallel_size")
 
+MODEL_HELP = 'a folder, "demo", a preset\'s name or a hub id'
 DESCRIPTION = "Generate text for prompts, all batched together."
 EPILOG = f"""\
 {tasks.HELP}
@@ -47,9 +50,12 @@ def main(argv: Sequence[str] | None = None, make_llm: Callable[..., Any] | None 
     """Run the command; returns the exit code.  make_llm stands in for `LLM`, for tests."""
     options = vars(_parser().parse_args(argv))
     try:
+        if options["command"] == "save":
+            return _save(options)
         return _generate(options, make_llm)
     except KeyboardInterrupt:
-        again = "; the same command goes on from there" if options["output"] else ""
+        resumes = options["command"] == "generate" and options["output"]
+        again = "; the same command goes on from there" if resumes else ""
         _say(f"interrupted{again}")
         return 130
     except BrokenPipeError:  # whoever read our output has gone
@@ -76,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         "python -m jaxinfer", description=jaxinfer.__doc__, formatter_class=as_written
     )
     parser.add_argument("--version", action="version", version=f"jaxinfer {jaxinfer.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_save(commands)
     generate = commands.add_parser(
         "generate", help="generate text for prompts",
         usage="python -m jaxinfer generate --model MODEL (--prompt TEXT | --prompts-file FILE) "
@@ -84,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=as_written, allow_abbrev=False,
     )  # fmt: skip
     add = generate.add_argument
-    add("--model", required=True, help='a folder, "demo", a preset\'s name or a hub id')
+    add("--model", required=True, help=MODEL_HELP)
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     prompts.add_argument("--prompts-file", metavar="FILE", help="JSON Lines, see below")
@@ -98,7 +105,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# -- the command ------------------------------------------------------------------------------
+def _add_save(commands: Any) -> None:
+    save = commands.add_parser(
+        "save", help="save a model in a form that loads faster", allow_abbrev=False,
+        description="Convert a model once, into a folder that loads without conversion.",
+    )  # fmt: skip
+    save.add_argument("--model", required=True, help=MODEL_HELP)
+    save.add_argument("--output", required=True, metavar="FOLDER", help="where to save it")
+    save.add_argument("--overwrite", action="store_true", help="replace a model saved there before")
+    others = {f"EngineConfig.{name}" for name in field_names(EngineConfig)}
+    others -= {f"EngineConfig.{name}" for name in SAVE_FIELDS}
+    add_fields(save.add_argument_group("engine"), EngineConfig, without=others)
+
+
+# -- the commands -----------------------------------------------------------------------------
+
+
+def _save(options: dict[str, Any]) -> int:
+    engine = EngineConfig.from_dict(given(options, EngineConfig))
+    from jaxinfer.loading import convert  # jax, only now
+
+    start = time.monotonic()
+    convert(options["model"], options["output"], engine, overwrite=options["overwrite"])
+    _say(f"saved {options['output']} in {time.monotonic() - start:.1f} s")
+    return 0
 
 
 @dataclasses.dataclass

@@ -1,14 +1,14 @@
 """Model folders become sharded weights.
 
 `resolve` finds a model and says what it is, `load` reads its weights, of which each device gets
-only its slice, and `random_weights` draws some where there are none.
+only its slice, and `random_weights` draws some where there are none.  Folders in Hugging Face
+layout are converted on the way; what `saving` made is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -28,11 +28,13 @@ from jax.tree_util import SequenceKey
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from jaxinfer import saving
 from jaxinfer.config import ModelConfig
 from jaxinfer.configs import find_model_preset, load_model_preset
 from jaxinfer.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedModelError
 from jaxinfer.models import Family, architecture_of, family_of, model_config, token_ids
 from jaxinfer.models.family import Part
+from jaxinfer.saving import read_json
 
 DEMO = Path(__file__).with_name("demo") / "model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,11 +47,15 @@ PROGRESS_BYTES = 10**9
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that was found: its folder (None for a preset, which has no weights) and facts."""
+    """A model that was found.
+
+    path: the folder of weights and tokenizer; None for a preset, which has neither.
+    family: how the weights are spelled; None if `saving.save` wrote them as they are in memory.
+    """
 
     path: Path | None
     config: ModelConfig
-    family: Family
+    family: Family | None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
 
     def tokenizer_folder(self) -> Path:
@@ -106,26 +112,24 @@ def _from_preset(name: str) -> ModelFiles:
 
 
 def _from_folder(path: Path) -> ModelFiles:
+    if (path / saving.MANIFEST).exists():
+        data, config = saving.find(path)
+        return ModelFiles(data, config, None)
     file = path / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{path} has no config.json: not a model in Hugging Face layout")
-    values, generation_file = _read_json(file), path / "generation_config.json"
+        if saving.is_unfinished(path):
+            raise CheckpointError(f"{path}: saving it was interrupted; save the model there again")
+        raise CheckpointError(
+            f"{path} has neither config.json (a model in Hugging Face layout) nor "
+            f"{saving.MANIFEST} (a saved one)"
+        )
+    values, generation_file = read_json(file), path / "generation_config.json"
     config = model_config(values, str(file))
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    generation = read_json(generation_file) if generation_file.is_file() else {}
     more = token_ids(generation.get("eos_token_id"), f"{generation_file}: eos_token_id")
     ends = tuple(dict.fromkeys(config.eos_token_ids + more))
     config = dataclasses.replace(config, eos_token_ids=ends)
     return ModelFiles(path, config, family_of(architecture_of(values, str(file))), generation)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return values
 
 
 def _hub_folder(name: str, *, with_weights: bool) -> Path:
@@ -179,12 +183,14 @@ def load(files: ModelFiles, parameters: Any, shardings: Any, dtype: Any) -> Any:
     """
     if files.path is None:
         raise CheckpointError("a preset has no weights to load: set load_format='dummy'")
-    dtype, sizes = jnp.dtype(dtype), files.config.sizes
+    dtype, sizes, family = jnp.dtype(dtype), files.config.sizes, files.family
+    if family is None:
+        return saving.restore(files.path, parameters, shardings, dtype)
     leaves, tree = jax.tree_util.tree_flatten_with_path(parameters)
     with ExitStack() as stack:
         tensors = _open(files.path, stack)
-        plans = [files.family.parts(*_place(path), sizes) for path, _ in leaves]
-        _check(files, tensors, [part for parts in plans for part in parts])
+        plans = [family.parts(*_place(path), sizes) for path, _ in leaves]
+        _check(files, family, tensors, [part for parts in plans for part in parts])
         total = sum(math.prod(part.shape) for parts in plans for part in parts) * dtype.itemsize
         arrays = []
         with tqdm(
@@ -217,7 +223,7 @@ def _shards(folder: Path) -> list[Path]:
             advice = "download the model again"
         there = f" but {_some(found)}" if found else ""
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{there}: {advice}")
-    names = _read_json(folder / INDEX).get("weight_map")
+    names = read_json(folder / INDEX).get("weight_map")
     files: list[Any] = list(names.values()) if isinstance(names, dict) else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in files):
         raise CheckpointError(f"{folder / INDEX}: weight_map must map tensors to names of files")
@@ -243,7 +249,9 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
     return tensors
 
 
-def _check(files: ModelFiles, tensors: Mapping[str, Any], parts: list[Part]) -> None:
+def _check(
+    files: ModelFiles, family: Family, tensors: Mapping[str, Any], parts: list[Part]
+) -> None:
     """Raise `CheckpointError` unless the tensors are the ones that the configuration wants."""
     missing = [part.tensor for part in parts if part.tensor not in tensors]
     if missing:
@@ -265,9 +273,9 @@ def _check(files: ModelFiles, tensors: Mapping[str, Any], parts: list[Part]) -> 
                 f"{shard}: {part.tensor} has the shape {tensor.get_shape()}, but by config.json it "
                 f"must be {wanted}"
             )
-    ignored = list(files.family.ignored)
+    ignored = list(family.ignored)
     if files.config.tie_word_embeddings:
-        ignored += [source.tensor for source in files.family.weights["head_VD"]]
+        ignored += [source.tensor for source in family.weights["head_VD"]]
     needed = {part.tensor for part in parts}
     unused = [
         name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -63,6 +64,15 @@ def _check_types(config: Any) -> None:
             many = "a tuple of whole numbers" if "int" in kind else "a tuple of numbers"
             noun = nouns.get(kind, many)
             raise ConfigError(f"{type(config).__name__}.{field.name} must be {noun}, got {value!r}")
+
+
+def _build(cls: Any, owner: str, values: Mapping[str, Any]) -> Any:
+    """A dataclass from a mapping, in which its tuples are lists."""
+    reject_unknown(owner, values, field_names(cls), ConfigError)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ConfigError(f"{owner}.{field.name} is missing")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _one_of(config: object, name: str, known: tuple[str, ...]) -> None:
@@ -206,6 +216,17 @@ class ModelConfig:
                         f"RopeScaling.{name} must have {rotated // 2} numbers above 0, one for "
                         f"each rotated pair, got {factors}"
                     )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from what JSON or YAML can hold; raises `ConfigError` for a key that is unknown,
+        missing or of the wrong type."""
+        scaling = values.get("rope_scaling")
+        if isinstance(scaling, Mapping):
+            values = {**values, "rope_scaling": _build(RopeScaling, "rope_scaling", scaling)}
+        elif scaling is not None:
+            raise ConfigError(f"rope_scaling must be a mapping or null, got {scaling!r}")
+        return _build(cls, cls.__name__, values)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer, in tokens, or None."""

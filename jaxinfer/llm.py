@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxinfer import shardings
+from jaxinfer import saving, shardings
 from jaxinfer.asynchronous import AsyncRequest
 from jaxinfer.batch import Buckets, pack
 from jaxinfer.config import EngineConfig
@@ -34,8 +34,8 @@ Prompt = str | Sequence[int]
 class LLM:
     """A loaded model that generates.
 
-    model: a local folder in Hugging Face layout, "demo", the name of a preset in `configs/models`
-        (with `load_format="dummy"`), or a hub id; tried in this order.
+    model: a local folder in Hugging Face layout or made by `save`, "demo", the name of a preset in
+        `configs/models` (with `load_format="dummy"`), or a hub id; tried in this order.
     engine: the fields of `EngineConfig`.
 
     Raises `ConfigError`, `CheckpointError`, `TokenizerError` or `InsufficientMemoryError`, each
@@ -66,7 +66,7 @@ class LLM:
             loaded.dtype,
             loaded.cache_dtype,
         )
-        self._weights = loaded.weights
+        self._weights, self._tokenizer_folder = loaded.weights, loaded.tokenizer_folder
         self._state = self.step.initial_state()
         self.step.compile(self._weights, self._sampling.table())
         self._lock = threading.RLock()
@@ -458,6 +458,18 @@ class LLM:
                 "kv_cache": self.memory.kv_cache,
             },
         }
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Save weights, configuration and tokenizer as a folder that `LLM(path)` loads faster.
+
+        The weights keep their present dtype.  overwrite: replace what an earlier `save` left there.
+        Requests may run meanwhile.  Raises `CheckpointError` if `path` is not free, or cannot be
+        written.
+        """
+        with self._lock:
+            self._check_open()
+            weights = self._weights
+        saving.save(path, weights, self.model_config, self._tokenizer_folder, overwrite=overwrite)
 
     def close(self) -> None:
         """Cancel what is left and free the device memory.  The LLM cannot be used afterwards."""

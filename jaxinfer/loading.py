@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import cache, checkpoint, planner, shardings
+from jaxinfer import cache, checkpoint, planner, saving, shardings
+from jaxinfer.checkpoint import ModelFiles
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.hardware import enable_compile_cache, free_bytes
 from jaxinfer.models import decoder
@@ -24,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its devices, and what was decided about it.  tokenizer: None if not wanted."""
+    """A model on its devices, and what was decided about it.
+
+    tokenizer: None if not wanted.  tokenizer_folder: where its files are; None if nowhere.
+    """
 
     config: ModelConfig
     mesh: Mesh
@@ -32,6 +36,7 @@ class Loaded:
     cache_dtype: jnp.dtype
     sizes: Sizes
     tokenizer: Tokenizer | None
+    tokenizer_folder: Path | None
     weights: dict[str, Any]
 
 
@@ -51,8 +56,7 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         dtype.name if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
     )
 
-    declared = decoder.parameters(files.config)
-    places = jax.tree.map(lambda parameter: shardings.named(mesh, parameter.letters), declared)
+    declared, places = _declare(files.config, mesh)
     sizes = planner.size(
         files.config,
         engine,
@@ -67,12 +71,54 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
     tokenizer = None
     if not engine.skip_tokenizer_init:
         tokenizer = Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
-    if engine.load_format == "dummy":
-        weights = checkpoint.random_weights(declared, places, dtype, engine.seed or 0)
-    else:
-        weights = checkpoint.load(files, declared, places, dtype)
+    weights = _weights(files, engine, declared, places, dtype)
     config = files.config.for_length(sizes.limits.max_seq_len)
-    return Loaded(config, mesh, dtype, cache_dtype, sizes, tokenizer, weights)
+    return Loaded(
+        config,
+        mesh,
+        dtype,
+        cache_dtype,
+        sizes,
+        tokenizer,
+        _tokenizer_folder(files, engine),
+        weights,
+    )
+
+
+def convert(
+    model: str | Path, output: str | Path, engine: EngineConfig, *, overwrite: bool
+) -> None:
+    """Save a model without running it: `LLM(model).save(output)`, less programs and cache.
+
+    dtype="auto" is the checkpoint's on every platform.  Raises as `load` and `saving.save` do.
+    """
+    files = checkpoint.resolve(model, engine.load_format)
+    mesh = shardings.mesh(engine.tensor_parallel_size, engine.devices)
+    shardings.check_divisible(files.config.sizes, engine.tensor_parallel_size)
+    dtype = jnp.dtype(files.config.dtype if engine.dtype == "auto" else engine.dtype)
+    declared, places = _declare(files.config, mesh)
+    saving.check_target(output, overwrite)
+    weights = _weights(files, engine, declared, places, dtype)
+    folder = _tokenizer_folder(files, engine)
+    saving.save(output, weights, files.config, folder, overwrite=overwrite)
+
+
+def _declare(config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """All parameters of a model, and where they go on the mesh."""
+    declared = decoder.parameters(config)
+    return declared, jax.tree.map(lambda p: shardings.named(mesh, p.letters), declared)
+
+
+def _weights(
+    files: ModelFiles, engine: EngineConfig, declared: Any, places: Any, dtype: jnp.dtype
+) -> dict[str, Any]:
+    if engine.load_format == "dummy":
+        return checkpoint.random_weights(declared, places, dtype, engine.seed or 0)
+    return checkpoint.load(files, declared, places, dtype)
+
+
+def _tokenizer_folder(files: ModelFiles, engine: EngineConfig) -> Path | None:
+    return files.path if engine.tokenizer is None else Path(engine.tokenizer)
 
 
 def _bytes_per_device(declared: Any, places: Any, dtype: jnp.dtype) -> int:

@@ -465,7 +465,7 @@ def test_folders_that_are_no_models(tmp_path):
         checkpoint.resolve(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere"):
         checkpoint.resolve(str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"neither config\.json"):
         checkpoint.resolve(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file; name the folder"):

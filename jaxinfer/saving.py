@@ -1,0 +1,241 @@
+"""Models in the form that the engine holds them, saved with Orbax: they load without conversion.
+
+A folder that `save` made:
+
+    jaxinfer.json           what the model is, and the name of the data folder; written last
+    data-<hex>/weights/     the tree of the weights, an Orbax checkpoint
+    data-<hex>/*.json, …    the tokenizer's files
+
+Replacing jaxinfer.json is what makes a save count, and it happens at once: before it the folder is
+the old model, or none.  (Orbax writes whole folders at once as well, but knows of the weights only,
+and deletes a folder before it replaces it.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxinfer import __version__
+from jaxinfer.config import ModelConfig, reject_unknown
+from jaxinfer.errors import CheckpointError, ConfigError
+
+FORMAT = 1
+MANIFEST = "jaxinfer.json"
+KEYS = {"format": int, "jaxinfer": str, "data": str, "config": dict, "files": dict}
+DATA = "data-" + "[0-9a-f]" * 16  # the pattern of data folders' names
+WEIGHTS = "weights"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+GB = 10**9  # Orbax counts in these
+AGAIN = "save the model again, with overwrite=True"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether there is nothing in the folder but what an interrupted `save` left."""
+    names = [entry.name for entry in folder.iterdir()]
+    return bool(names) and all(fnmatchcase(name, DATA) for name in names)
+
+
+def save(
+    path: str | Path,
+    weights: Any,
+    config: ModelConfig,
+    tokenizer_folder: Path | None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Save a model as a folder that is complete in itself; each device writes its shards.
+
+    weights: the tree of arrays.  tokenizer_folder: where the tokenizer's files are, None for none.
+    overwrite: replace the model that an earlier `save` left there; others are never touched.
+
+    Whatever interrupts it, `path` holds the whole old model or the whole new one, or nothing that
+    can be loaded if there was no old one.  One process at a time may save to a folder.
+    Raises `CheckpointError` if there is something at `path`, or it cannot be written.
+    """
+    path = check_target(path, overwrite)
+    data = path / f"data-{secrets.token_hex(8)}"
+    try:
+        data.mkdir(parents=True)
+        _write_weights(data / WEIGHTS, weights)
+        for name in TOKENIZER_FILES if tokenizer_folder is not None else ():
+            if (tokenizer_folder / name).is_file():
+                shutil.copyfile(tokenizer_folder / name, data / name)
+        manifest = {
+            "format": FORMAT,
+            "jaxinfer": __version__,
+            "data": data.name,
+            "config": dataclasses.asdict(
+                dataclasses.replace(config, dtype=weights["embed_VD"].dtype.name)
+            ),
+            "files": _synced_sizes(data),
+        }
+        fresh = data / MANIFEST
+        fresh.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _sync(fresh)
+        os.replace(fresh, path / MANIFEST)
+    except BaseException as error:
+        shutil.rmtree(data, ignore_errors=True)
+        if isinstance(error, Exception):
+            raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from error
+        raise
+    _sync(path)
+    for other in path.glob(DATA):  # the old model, and what interrupted saves left
+        if other != data:
+            shutil.rmtree(other)
+
+
+def check_target(path: str | Path, overwrite: bool) -> Path:
+    """The folder to save to, as an absolute path; raises `CheckpointError` if it is not free."""
+    path = Path(path).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file: name a folder to save to")
+    if (path / MANIFEST).exists():
+        if not overwrite:
+            raise CheckpointError(
+                f"{path} holds a saved model: name a new folder, or set overwrite=True"
+            )
+    elif path.is_dir() and any(path.iterdir()) and not is_unfinished(path):
+        raise CheckpointError(
+            f"{path} holds other files, which are not replaced: name a new folder"
+        )
+    return path
+
+
+def _write_weights(path: Path, weights: Any) -> None:
+    import orbax.checkpoint as ocp  # half a second, for those who save or restore
+
+    largest = max(array.nbytes for array in jax.tree.leaves(weights))
+    # Uncompressed: weights shrink by a tenth at most, and inflating them takes longer than reading.
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        save_device_host_concurrent_gb=largest // GB + 1,  # must exceed what is copied at once
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(weights))
+
+
+def _synced_sizes(folder: Path) -> dict[str, int]:
+    """The size of each file, by its path in the folder, once all are safe on disk."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+        if path.is_file():
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    _sync(folder)
+    return sizes
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find(folder: Path) -> tuple[Path, ModelConfig]:
+    """The data folder and the facts of a saved model, all of whose files are there.
+
+    Raises `CheckpointError` if a file is missing or has not the size it was saved with, or a newer
+    version wrote the folder.
+    """
+    file = folder / MANIFEST
+    values = read_json(file)
+    form = values.get("format")
+    if type(form) is int and form > FORMAT:
+        raise CheckpointError(
+            f"{file} has format {form}, written by jaxinfer {values.get('jaxinfer')}; jaxinfer "
+            f"{__version__} reads up to {FORMAT}: install the newer one"
+        )
+    reject_unknown(str(file), values, KEYS, CheckpointError)
+    for key, kind in KEYS.items():
+        if type(values.get(key)) is not kind:
+            raise CheckpointError(f"{file}: {key} is missing or not as it was written; {AGAIN}")
+    if form != FORMAT or not fnmatchcase(values["data"], DATA):
+        raise CheckpointError(f"{file}: format or data is not as it was written; {AGAIN}")
+    try:
+        config = ModelConfig.from_dict(values["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}; {AGAIN}") from error
+    data = folder / values["data"]
+    for name, size in values["files"].items():
+        part = data / name
+        found = part.stat().st_size if part.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{part} {state}; copy it anew, or {AGAIN}")
+    return data, config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `CheckpointError`."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return values
+
+
+def restore(data: Path, parameters: Any, shardings: Any, dtype: Any) -> Any:
+    """Read the weights: the tree of `parameters` as arrays of `dtype` with `shardings`.
+
+    parameters: tree of leaves with a `shape`; shardings: the same tree of `Sharding`.
+
+    The mesh may be another than at the saving.  Each device gets its slice only; slices of one
+    stored piece are read together.  Casting happens on the way, so the host holds a few parameters
+    at a time.  Raises `CheckpointError` if the data do not fit or cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    def wanted(parameter: Any, sharding: Any) -> Any:
+        return ocp.ArrayRestoreArgs(
+            sharding=sharding, global_shape=tuple(parameter.shape), dtype=dtype
+        )
+
+    arguments = jax.tree.map(wanted, parameters, shardings)
+    handler = ocp.PyTreeCheckpointHandler(
+        restore_concurrent_gb=_largest_read(parameters, shardings) // GB + 1
+    )
+    path = data.absolute() / WEIGHTS
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(
+                path, args=ocp.args.PyTreeRestore(item=parameters, restore_args=arguments)
+            )
+    except jax.errors.JaxRuntimeError:  # of the device, such as too little memory
+        raise
+    except Exception as error:  # those of Orbax and of TensorStore have no common parent
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}; {AGAIN}") from error
+
+
+def _largest_read(parameters: Any, shardings: Any) -> int:
+    """The bytes that Orbax counts for the largest parameter: all of it for each device."""
+    counts = jax.tree.map(
+        lambda parameter, sharding: math.prod(parameter.shape) * sharding.num_devices,
+        parameters,
+        shardings,
+    )
+    return 4 * max(jax.tree.leaves(counts))  # no format is wider than float32
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
