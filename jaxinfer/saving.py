@@ -70,9 +70,8 @@ def save(
     try:
         data.mkdir(parents=True)
         _write_weights(data / WEIGHTS, weights)
-        for name in TOKENIZER_FILES if tokenizer_folder is not None else ():
-            if (tokenizer_folder / name).is_file():
-                shutil.copyfile(tokenizer_folder / name, data / name)
+        if tokenizer_folder is not None:
+            _copy_tokenizer(tokenizer_folder, data)
         manifest = {
             "format": FORMAT,
             "jaxinfer": __version__,
@@ -86,11 +85,9 @@ def save(
         fresh.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _sync(fresh)
         os.replace(fresh, path / MANIFEST)
-    except BaseException as error:
+    except Exception as error:  # not KeyboardInterrupt, which may come when all is done
         shutil.rmtree(data, ignore_errors=True)
-        if isinstance(error, Exception):
-            raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from error
-        raise
+        raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from error
     _sync(path)
     for other in path.glob(DATA):  # the old model, and what interrupted saves left
         if other != data:
@@ -125,6 +122,12 @@ def _write_weights(path: Path, weights: Any) -> None:
     )
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(weights))
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _synced_sizes(folder: Path) -> dict[str, int]:
