@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_save(commands: Any) -> None:
     save = commands.add_parser(
         "save", help="save a model in a form that loads faster", allow_abbrev=False,
-        description="Convert a model once, into a folder that loads without conversion.  With --dtype "
-        "auto it keeps the checkpoint's number format, on CPU too.",
+        description="Convert a model once, into a folder that loads without conversion.  With the "
+        "dtype auto it keeps the checkpoint's number format, on CPU too.",
     )  # fmt: skip
     save.add_argument("--model", required=True, help=MODEL_HELP)
     save.add_argument("--output", required=True, metavar="FOLDER", help="where to save it")
