@@ -31,6 +31,7 @@ def test_a_step_copies_no_cache_and_exchanges_twice_a_layer(tiny_model, devices)
             shape = ",".join(map(str, (pool.shape[0], pool.shape[1] // devices, *pool.shape[2:])))
             assert f"f32[{shape}]" in text, "the pattern below must be able to match"
             assert count(rf"= f32\[{shape}\]\S* copy\(", text) == 0
+            assert count(r"= \S+ (copy|transpose|fusion)\(%?weights\S*\), kind=kLoop", text) == 0
             layers = llm.model_config.num_layers
             assert len(re.findall(r"may-alias|must-alias", text)) >= 2 * layers
             if devices > 1:
