@@ -34,7 +34,7 @@ from jaxinfer.configs import find_model_preset, load_model_preset
 from jaxinfer.errors import CheckpointError, ConfigError, TokenizerError, UnsupportedModelError
 from jaxinfer.models import Family, architecture_of, family_of, model_config, token_ids
 from jaxinfer.models.family import Part
-from jaxinfer.saving import read_json
+from jaxinfer.saving import aligned, read_json
 
 DEMO = Path(__file__).with_name("demo") / "model"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -302,7 +302,7 @@ def _array(
 
     @functools.cache  # devices that hold the same slice share one reading
     def read(*bounds: tuple[int, int]) -> np.ndarray:
-        out = _aligned([stop - start for start, stop in bounds], dtype)
+        out = aligned([stop - start for start, stop in bounds], dtype)
         for part in parts:
             tensor = tensors[part.tensor][1].get_slice(part.tensor)
             _read(part, letters, dict(zip(letters, bounds, strict=True)), sizes, tensor, out)
@@ -312,14 +312,6 @@ def _array(
         return read(*(s.indices(size)[:2] for s, size in zip(index, shape, strict=True)))
 
     return jax.make_array_from_callback(shape, sharding, callback, dtype=dtype)
-
-
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """An empty array at an address that jax takes over on CPU without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _read(

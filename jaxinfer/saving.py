@@ -14,16 +14,22 @@ and deletes a folder before it replaces it.)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from jaxinfer import __version__
 from jaxinfer.config import ModelConfig, reject_unknown
@@ -39,6 +45,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )  # fmt: skip
 GB = 10**9  # Orbax counts in these
+READERS = 4  # parameters that are read at a time
 AGAIN = "save the model again, with overwrite=True"
 
 
@@ -112,7 +119,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 
 
 def _write_weights(path: Path, weights: Any) -> None:
-    import orbax.checkpoint as ocp  # half a second, for those who save or restore
+    import orbax.checkpoint as ocp  # half a second, for those who save
 
     largest = max(array.nbytes for array in jax.tree.leaves(weights))
     # Uncompressed: weights shrink by a tenth at most, and inflating them takes longer than reading.
@@ -199,41 +206,93 @@ def restore(data: Path, parameters: Any, shardings: Any, dtype: Any) -> Any:
 
     parameters: tree of leaves with a `shape`; shardings: the same tree of `Sharding`.
 
-    The mesh may be another than at the saving.  Each device gets its slice only; slices of one
-    stored piece are read together.  Casting happens on the way, so the host holds a few parameters
-    at a time.  Raises `CheckpointError` if the data do not fit or cannot be read.
+    The mesh may be another than at the saving: the file is mapped, and each device reads of it what
+    it gets.  Casting happens on the way, a few parameters at a time, so the host never holds the
+    model beside the devices (on CPU the array is the memory read into).  Orbax's own reading copies
+    more often and spends 0.1 s on the smallest tree, which makes it slower than converting: this
+    asks the library below it.
+    Raises `CheckpointError` if the data do not fit or cannot be read.
     """
-    import orbax.checkpoint as ocp
-
-    def wanted(parameter: Any, sharding: Any) -> Any:
-        return ocp.ArrayRestoreArgs(
-            sharding=sharding, global_shape=tuple(parameter.shape), dtype=dtype
-        )
-
-    arguments = jax.tree.map(wanted, parameters, shardings)
-    handler = ocp.PyTreeCheckpointHandler(
-        restore_concurrent_gb=_largest_read(parameters, shardings) // GB + 1
-    )
     path = data.absolute() / WEIGHTS
+    leaves, tree = jax.tree_util.tree_flatten_with_path(parameters)
+    shapes = {
+        jax.tree_util.keystr(keys, simple=True, separator="."): tuple(parameter.shape)
+        for keys, parameter in leaves
+    }
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(
-                path, args=ocp.args.PyTreeRestore(item=parameters, restore_args=arguments)
-            )
-    except jax.errors.JaxRuntimeError:  # of the device, such as too little memory
-        raise
-    except Exception as error:  # those of Orbax and of TensorStore have no common parent
+        stores = _open(path, shapes)
+        with ThreadPoolExecutor(READERS) as pool:
+            read = functools.partial(_array, dtype=jnp.dtype(dtype))
+            return tree.unflatten(pool.map(read, stores, tree.flatten_up_to(shardings)))
+    except (ValueError, OSError) as error:  # TensorStore's
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}; {AGAIN}") from error
 
 
-def _largest_read(parameters: Any, shardings: Any) -> int:
-    """The bytes that Orbax counts for the largest parameter: all of it for each device."""
-    counts = jax.tree.map(
-        lambda parameter, sharding: math.prod(parameter.shape) * sharding.num_devices,
-        parameters,
-        shardings,
-    )
-    return 4 * max(jax.tree.leaves(counts))  # no format is wider than float32
+def _open(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Any]:
+    """The stored arrays with these names and shapes; raises `CheckpointError` if others are there.
+
+    Orbax keeps each array in Zarr's format under its name, in a database of few files (OCDBT).
+    """
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{path}/"}
+    database = {"driver": "ocdbt", "base": base}
+    keys = tensorstore.KvStore.open(database).result().list().result()
+    found = {key.decode().partition("/")[0] for key in keys}
+    for names, state in ((shapes.keys() - found, "missing"), (found - shapes.keys(), "left over")):
+        if names:
+            raise CheckpointError(
+                f"{path}: {len(names)} parameters are {state}, such as {min(names)}; {AGAIN}"
+            )
+    context = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
+    opening = [
+        tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": {**database, "path": f"{name}/"},
+                "fill_missing_data_reads": False,  # an error, not zeros
+            },
+            open=True,
+            context=context,
+        )
+        for name in shapes
+    ]
+    stores = [future.result() for future in opening]
+    for store, (name, shape) in zip(stores, shapes.items(), strict=True):
+        if store.shape != shape:
+            raise CheckpointError(
+                f"{path}: {name} has the shape {list(store.shape)}, but by {MANIFEST} it must be "
+                f"{list(shape)}; {AGAIN}"
+            )
+    return stores
+
+
+def _array(store: Any, sharding: Any, dtype: np.dtype) -> Array:
+    """A stored array, of which each device gets its slice."""
+    import tensorstore
+
+    if store.dtype.numpy_dtype != dtype:
+        store = tensorstore.cast(store, dtype.name)
+
+    @functools.cache  # devices that hold the same slice share one reading
+    def read(*bounds: tuple[int, int]) -> np.ndarray:
+        out = aligned([stop - start for start, stop in bounds], dtype)
+        slices = tuple(slice(start, stop) for start, stop in bounds)
+        tensorstore.array(out).write(store[slices].translate_to[(0,) * len(bounds)]).result()
+        return out
+
+    def callback(index: Any) -> np.ndarray:
+        return read(*(s.indices(size)[:2] for s, size in zip(index, store.shape, strict=True)))
+
+    return jax.make_array_from_callback(store.shape, sharding, callback, dtype=dtype)
+
+
+def aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """An empty array at an address that jax takes over on CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _reason(error: BaseException) -> str:

@@ -322,14 +322,14 @@ def test_replicas_share_one_reading(tmp_path, monkeypatch):
 
 
 def test_on_cpu_the_array_is_what_was_read_into(fixtures, monkeypatch):
-    addresses, real = set(), checkpoint._aligned
+    addresses, real = set(), checkpoint.aligned
 
     def remember(shape, dtype):
         out = real(shape, dtype)
         addresses.add(out.ctypes.data)
         return out
 
-    monkeypatch.setattr(checkpoint, "_aligned", remember)
+    monkeypatch.setattr(checkpoint, "aligned", remember)
     loaded = load(checkpoint.resolve(fixtures / "llama"))
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(loaded)} == addresses
 

@@ -28,12 +28,17 @@ ENGINE = {"max_batch_size": 1, "max_num_tokens": 8, "max_seq_len": 32, "num_page
 needs_four = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 
 
+def tree_of(config, devices=1):
+    """The parameters of a model, and where they go on so many devices."""
+    declared = decoder.parameters(config)
+    mesh = shardings.mesh(devices)
+    return declared, jax.tree.map(lambda p: shardings.named(mesh, p.letters), declared)
+
+
 def load(folder, dtype="float32", devices=1, load_format="auto"):
     """The facts of a model, and its weights."""
     files = checkpoint.resolve(folder, load_format)
-    declared = decoder.parameters(files.config)
-    mesh = shardings.mesh(devices)
-    places = jax.tree.map(lambda p: shardings.named(mesh, p.letters), declared)
+    declared, places = tree_of(files.config, devices)
     if load_format == "dummy":
         return files, checkpoint.random_weights(declared, places, jnp.dtype(dtype), 0)
     return files, checkpoint.load(files, declared, places, dtype)
@@ -83,22 +88,24 @@ def test_number_formats(fixtures, tmp_path, kept, dtype):
     assert_same(loaded, jax.tree.map(lambda x: np.asarray(x).astype(dtype), weights))
 
 
-def bytes_read():
-    (metric,) = tensorstore.experimental_collect_matching_metrics(
-        "/tensorstore/kvstore/file/bytes_read"
-    )
-    return metric["values"][0]["value"]
+def test_orbax_reads_it_too(fixtures, saved):
+    with (
+        ocp.PyTreeCheckpointer() as checkpointer,
+        pytest.warns(UserWarning, match="Sharding info not provided"),
+    ):
+        restored = checkpointer.restore(data_of(saved) / "weights")
+    assert_same(restored, load(fixtures / "llama")[1])
 
 
 @needs_four
 @pytest.mark.parametrize("before", [1, 2, 4])
 @pytest.mark.parametrize("after", [1, 2, 4])
-def test_another_mesh(tiny_model, tmp_path, before, after):
+def test_another_mesh(tiny_model, tmp_path, monkeypatch, before, after):
     files, weights = load(tiny_model, devices=before, load_format="dummy")
     saving.save(tmp_path / "saved", weights, files.config, None)
-    start = bytes_read()
+    taken, real = [], saving.aligned
+    monkeypatch.setattr(saving, "aligned", lambda *of: taken.append(real(*of)) or taken[-1])
     _, loaded = load(tmp_path / "saved", devices=after)
-    taken = bytes_read() - start
     assert_same(loaded, weights)
     mesh = shardings.mesh(after)
     declared = jax.tree.leaves(decoder.parameters(files.config))
@@ -106,9 +113,11 @@ def test_another_mesh(tiny_model, tmp_path, before, after):
         assert leaf.sharding == shardings.named(mesh, parameter.letters)
         shape = leaf.sharding.shard_shape(parameter.shape)
         assert [shard.data.shape for shard in leaf.addressable_shards] == [shape] * after
-    # The weights are read about once, not once for each device: readers of a piece share it.  The
-    # rest is the index, which weighs something in a model so small.
-    assert taken < 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    # What is split is read once in parts, and what is whole everywhere once as well.
+    assert sum(out.nbytes for out in taken) == sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    if after == 1:  # on CPU the array is what was read into
+        addresses = {out.ctypes.data for out in taken}
+        assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(loaded)} == addresses
 
 
 def test_an_llm_saves_itself_and_lives_on(fixtures, tmp_path):
@@ -332,7 +341,7 @@ def test_the_data_folder_is_gone(saved):
         checkpoint.resolve(saved)
 
 
-@pytest.mark.parametrize("name", ["manifest.ocdbt", "_METADATA", "d/*"])
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "d/*"])
 def test_files_of_the_right_size_with_wrong_bytes(saved, name):
     # Of the index: the weights themselves have no checksums, as in safetensors.
     for file in (data_of(saved) / "weights").glob(name):
@@ -394,13 +403,29 @@ def test_facts_that_make_no_sense(saved, field, value, message):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("intermediate_size", 30), ("num_layers", 3), ("qkv_bias", True)]
+    ("field", "value", "message"),
+    [
+        ("intermediate_size", 30, r"down_FD has the shape \[36, 36\].*must be \[30, 36\]"),
+        ("num_layers", 3, r"parameters are missing, such as layers\.2\."),
+        ("num_layers", 1, r"parameters are left over, such as layers\.1\."),
+        ("qkv_bias", True, r"2 parameters are missing, such as layers\.0\.qkv_bias_KUH"),
+    ],
 )
-def test_facts_that_do_not_fit_the_weights(saved, field, value):
+def test_facts_that_do_not_fit_the_weights(saved, field, value, message):
     config = json.loads((saved / saving.MANIFEST).read_text())["config"]
     change(saved, config=config | {field: value})
-    with pytest.raises(CheckpointError, match=r"weights cannot be read: .*save the model again"):
+    with pytest.raises(CheckpointError, match=rf"weights: .*{message}.*; save the model again"):
         load(saved)
+
+
+def test_a_piece_is_missing(saved):
+    files = checkpoint.resolve(saved)
+    database = f"file://{data_of(saved) / 'weights'}/|ocdbt:"
+    del tensorstore.KvStore.open(database).result()["layers.1.down_FD/0.0"]
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read: .*layers\.1\.down_FD/.*save the model"
+    ):
+        checkpoint.load(files, *tree_of(files.config), jnp.float32)
 
 
 # -- the command --------------------------------------------------------------------------------
