@@ -189,7 +189,7 @@ def load(files: ModelFiles, parameters: Any, shardings: Any, dtype: Any) -> Any:
     leaves, tree = jax.tree_util.tree_flatten_with_path(parameters)
     with ExitStack() as stack:
         tensors = _open(files.path, stack)
-        plans = [family.parts(*_place(path), sizes) for path, _ in leaves]
+        plans = [family.parts(*place(path), sizes) for path, _ in leaves]
         _check(files, family, tensors, [part for parts in plans for part in parts])
         total = sum(math.prod(part.shape) for parts in plans for part in parts) * dtype.itemsize
         arrays = []
@@ -204,7 +204,7 @@ def load(files: ModelFiles, parameters: Any, shardings: Any, dtype: Any) -> Any:
     return tree.unflatten(arrays)
 
 
-def _place(path: tuple[Any, ...]) -> tuple[str, int | None]:
+def place(path: tuple[Any, ...]) -> tuple[str, int | None]:
     """The name of a parameter and its layer, if it is in one, from its path in the tree."""
     layer = next((entry.idx for entry in path if isinstance(entry, SequenceKey)), None)
     return path[-1].key, layer

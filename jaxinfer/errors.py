@@ -52,3 +52,7 @@ class PageError(JaxinferError):
 
 class EngineClosedError(JaxinferError, RuntimeError):
     """The `LLM` was closed, or a step failed on the device and its state is gone."""
+
+
+class ComparisonError(JaxinferError):
+    """Two engines that should run the same model generate different tokens."""

@@ -61,13 +61,14 @@ MAY_IMPORT = {
     "validation": "scheduler tokenizer",
     "output": "request stop tokenizer",
     "loading": "checkpoint hardware planner tokenizer",
+    "export": "checkpoint",
     "asynchronous": "output",
     "interrupts": "",
     "llm": "asynchronous interrupts loading step validation",
     "tasks": "request",
     "options": "config",
     "__main__": "llm options tasks",
-    "bench": "llm options",
+    "bench": "export llm options",
     "demo": "",
 }
 HOST_MODULES = ("errors", "shapes", "config", "request", "pages", "scheduler", "tokenizer")

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.bench import host, latency, prepare_dataset, report, throughput
+from jaxinfer.bench import compare, host, latency, prepare_dataset, report, throughput
 from jaxinfer.errors import ConfigError, DatasetError, JaxinferError, RequestError
 
 COMMANDS: dict[str, Any] = {
     "throughput": throughput,
     "latency": latency,
+    "compare": compare,
     "prepare-dataset": prepare_dataset,
 }
 DEVELOPER_COMMANDS: dict[str, Any] = {

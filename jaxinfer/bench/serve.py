@@ -121,9 +121,9 @@ def _run(
         )  # fmt: skip
     performance = report.performance(timings, devices)
     return {
-        "engine": _engine(llm, args.model),
-        "machine": _machine(device),
-        "world_info": _world(llm, request_rate, concurrency),
+        "engine": engine_section(llm, args.model),
+        "machine": machine_section(device),
+        "world_info": world_section(llm, request_rate, concurrency),
         "request_info": report.request_info(timings),
         "performance": performance,
         "streaming_metrics": report.streaming_metrics(timings),
@@ -166,7 +166,7 @@ def _encoder(model: str, engine: dict[str, Any]) -> Callable[[str], list[int]]:
     return encode
 
 
-def _engine(llm: LLM, model: str) -> dict[str, Any]:
+def engine_section(llm: LLM, model: str) -> dict[str, Any]:
     import jax
 
     return {
@@ -179,11 +179,11 @@ def _engine(llm: LLM, model: str) -> dict[str, Any]:
     }
 
 
-def _machine(device: Any) -> dict[str, Any]:
+def machine_section(device: Any) -> dict[str, Any]:
     return {"device": device.device_kind, "platform": device.platform, **report.machine()}
 
 
-def _world(llm: LLM, request_rate: float, concurrency: int) -> dict[str, Any]:
+def world_section(llm: LLM, request_rate: float, concurrency: int) -> dict[str, Any]:
     config = llm.engine_config
     return {
         "tp_size": config.tensor_parallel_size,
