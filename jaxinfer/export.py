@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxinfer.checkpoint import ModelFiles, place
-from jaxinfer.errors import UnsupportedModelError
+from jaxinfer.errors import CheckpointError, UnsupportedModelError
 from jaxinfer.models import ACTIVATIONS, ROPE_FIELDS, model_config
 
 
@@ -67,12 +67,14 @@ def config_json(files: ModelFiles) -> dict[str, Any]:
         values["layer_types"] = [
             kinds[layer in config.sliding_layers] for layer in range(config.num_layers)
         ]
-    again = model_config(values, "the preset as config.json")
+    remedy = "cannot be written as config.json: name a model folder, which has one"
+    try:
+        again = model_config(values, "the preset as config.json")
+    except CheckpointError as error:
+        raise UnsupportedModelError(f"the preset {remedy} ({error})") from error
     for field in dataclasses.fields(config):
         if getattr(again, field.name) != getattr(config, field.name):
-            raise UnsupportedModelError(
-                f"the preset's {field.name} cannot be written as config.json: name a model folder"
-            )
+            raise UnsupportedModelError(f"the preset's {field.name} {remedy}")
     return values
 
 

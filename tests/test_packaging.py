@@ -247,7 +247,7 @@ def test_each_dependency_is_declared() -> None:
     project = PROJECT["project"]
     declared = [*project["dependencies"]]
     for name, extra in project["optional-dependencies"].items():
-        declared += extra if name in ("hub", "train") else []
+        declared += extra if name in ("hub", "train", "compare") else []
     names = {re.split(r"[^\w-]", line)[0].lower() for line in declared}
     used = {
         name.partition(".")[0]

@@ -30,6 +30,7 @@ which are counted (llama.cpp's may differ, and are counted).  docs/benchmarks.md
 side is run and what the figures mean."""
 
 AGAINST = ("transformers", "llama.cpp", "loop")
+LLAMA_TYPES = ("F32", "Q8_0")
 ROWS = [1, 8, 32]
 MIXED_LENGTHS = 16, 256  # of prompts and of outputs, both included
 MIXED_BATCH = 32  # most requests of a mixed load in flight at once
@@ -56,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixed", type=int, metavar="N",
         help=f"a load of N requests whose prompts and outputs have {MIXED_LENGTHS[0]} to "
         f"{MIXED_LENGTHS[1]} tokens, at most {MIXED_BATCH} in flight at once")  # fmt: skip
+    add("--llama-type", choices=LLAMA_TYPES, default="F32",
+        help="how llama.cpp stores its weights (default: %(default)s)")  # fmt: skip
     add("--rounds", type=int, default=5, metavar="N",
         help="rounds that are counted (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0,
@@ -132,6 +135,10 @@ def _other(llm: LLM, args: argparse.Namespace) -> Side:
             "JAX_PLATFORMS=cpu"
         )
     files = checkpoint.resolve(args.model, llm.engine_config.load_format)
+    if args.against == "llama.cpp":
+        from jaxinfer.bench.llama_cpp_side import LlamaCpp
+
+        return LlamaCpp(llm._weights, files, batch, llm.limits.max_seq_len, args.llama_type)
     from jaxinfer.bench.transformers_side import Transformers
 
     return Transformers(llm._weights, files, batch)

@@ -135,7 +135,7 @@ class Loop:
         self.versions = {"jax": jax.__version__}
         self._config, self._max_batch_size = config, max_batch_size
         # Without the engine's mesh: the same buffers, but nothing to say about shardings.
-        self._place = SingleDeviceSharding(jax.tree.leaves(weights)[0].devices().pop())
+        self._place = SingleDeviceSharding(next(iter(weights["embed_VD"].devices())))
         self._weights = jax.device_put(weights, self._place)
         self._caches: dict[tuple[int, int], Cache] = {}
         static = dict(static_argnames=("config", "seen"), donate_argnums=1)
