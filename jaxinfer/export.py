@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxinfer.checkpoint import ModelFiles, place
 from jaxinfer.errors import CheckpointError, UnsupportedModelError
-from jaxinfer.models import ACTIVATIONS, ROPE_FIELDS, model_config
+from jaxinfer.models import ACTIVATIONS, ROPE_FIELDS, Family, model_config
 
 
 def tensors(weights: dict[str, Any], files: ModelFiles) -> dict[str, np.ndarray]:
@@ -23,10 +23,11 @@ def tensors(weights: dict[str, Any], files: ModelFiles) -> dict[str, np.ndarray]
     A tied output projection is not among them.
     """
     found: dict[str, np.ndarray] = {}
+    family = _family(files)
     for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
         name, layer = place(path)
         letters, array = name.rpartition("_")[2], np.asarray(leaf)
-        for part in files.family.parts(name, layer, files.config.sizes):
+        for part in family.parts(name, layer, files.config.sizes):
             values, theirs = array, letters
             if part.stacked:
                 axis = letters.index(part.stacked)
@@ -41,15 +42,24 @@ def tensors(weights: dict[str, Any], files: ModelFiles) -> dict[str, np.ndarray]
     return found
 
 
+def _family(files: ModelFiles) -> Family:
+    if files.family is None:
+        raise UnsupportedModelError(
+            f"{files.path} was saved without the names that its tensors had: use the folder or "
+            "preset that it was made of"
+        )
+    return files.family
+
+
 def config_json(files: ModelFiles) -> dict[str, Any]:
     """The object for a config.json: the folder's own, or a preset's facts spelled that way.
 
     Raises `UnsupportedModelError` for a preset with facts that reading the result back would lose:
     those that no single key tells.
     """
+    config, family = files.config, _family(files)
     if files.path is not None:
         return json.loads((files.path / "config.json").read_text(encoding="utf-8"))
-    config, family = files.config, files.family
     spelled = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}
     values: dict[str, Any] = {key: getattr(config, name) for key, name in family.fields.items()}
     for key, name in family.fields.items():

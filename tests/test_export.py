@@ -1,5 +1,6 @@
 """What is written is what was read: tensors and configurations of every family."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -51,3 +52,10 @@ def test_presets_are_written_so_that_they_read_the_same_or_refused():
     plain = ("llama", "mistral", "qwen", "smollm2", "olmo-2", "gemma-2-2b", "phi-3")
     assert [name for name in refused if name.startswith(plain)] == []
     assert all("cannot be written as config.json" in message for message in refused.values())
+
+
+def test_a_saved_model_has_lost_the_names(fixtures):
+    files = dataclasses.replace(checkpoint.resolve(fixtures / "llama"), family=None)
+    for spell in (export.config_json, lambda files: export.tensors({}, files)):
+        with pytest.raises(UnsupportedModelError, match="use the folder or preset that it was"):
+            spell(files)

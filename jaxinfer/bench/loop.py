@@ -138,9 +138,8 @@ class Loop:
         self._place = SingleDeviceSharding(next(iter(weights["embed_VD"].devices())))
         self._weights = jax.device_put(weights, self._place)
         self._caches: dict[tuple[int, int], Cache] = {}
-        static = dict(static_argnames=("config", "seen"), donate_argnums=1)
-        self._prefill = jax.jit(partial(_greedy, start=0), **static)
-        self._decode = jax.jit(_greedy, **static)
+        jit = partial(jax.jit, static_argnames=("config", "seen"), donate_argnums=1)
+        self._prefill, self._decode = jit(partial(_greedy, start=0)), jit(_greedy)
 
     def generate(self, prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[list[int]]:
         """Greedy continuations of these lengths; as many batches as are needed."""

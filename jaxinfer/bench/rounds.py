@@ -122,12 +122,11 @@ def measure(
         for times, lengths in parts:
             # New prompts each time: nothing of them is in a prefix cache.
             prompts = [rng.integers(vocab_size, size=n).tolist() for n in load.inputs]
-            (ours, seconds, compiled), (theirs, *more) = (
-                _clock(side, prompts, lengths) for side in (engine, other)
-            )
+            ours, our_seconds, our_compiled = _clock(engine, prompts, lengths)
+            theirs, their_seconds, their_compiled = _clock(other, prompts, lengths)
             if number:
-                times.append((seconds, more[0]))
-                clocked.recompilations += compiled + more[1]
+                times.append((our_seconds, their_seconds))
+                clocked.recompilations += our_compiled + their_compiled
             for row in zip(prompts, ours, theirs, strict=True):
                 clocked.agreement.add(*row, other)
             if strict and clocked.agreement.rows_different:
