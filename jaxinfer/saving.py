@@ -122,7 +122,7 @@ def _write_weights(path: Path, weights: Any) -> None:
     import orbax.checkpoint as ocp  # half a second, for those who save
 
     largest = max(array.nbytes for array in jax.tree.leaves(weights))
-    # Uncompressed: weights shrink by a tenth at most, and inflating them takes longer than reading.
+    # Uncompressed: inflating takes longer than reading, and only plain data can be mapped.
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=False,
         save_device_host_concurrent_gb=largest // GB + 1,  # must exceed what is copied at once
