@@ -45,11 +45,42 @@ class ModelPreset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a compiler must know of an NVIDIA GPU.  All sizes are bytes.
+
+    source: of these figures.
+    compute_capability: with "a" where code for the architecture's own instructions is wanted.
+    shared_memory_per_block: the most that a block may ask for.
+    visible_bytes: of the memory, what a program can see.
+    """
+
+    source: str
+    compute_capability: str
+    sm_count: int
+    fpus_per_sm: int
+    threads_per_sm: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_memory_per_sm: int
+    shared_memory_per_block: int
+    visible_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tpu:
+    """What the TPU compiler calls a chip.  host: the slice of chips that one host has."""
+
+    topology: str
+    host: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chip:
     """What an accelerator can do at most, as its vendor says.
 
     device_kinds: what jax calls it.  devices_per_chip: jax devices that share the chip.
     memory_bytes, bytes_per_second, flops: of the whole chip; flops by number format, dense.
+    gpu, tpu: for the compiler; a chip has one of them.
     """
 
     name: str
@@ -59,6 +90,8 @@ class Chip:
     memory_bytes: int
     bytes_per_second: float
     flops: dict[str, float]
+    gpu: Gpu | None = None
+    tpu: Tpu | None = None
 
 
 def chips() -> list[str]:
@@ -72,12 +105,29 @@ def load_chip(name: str) -> Chip:
         raise ConfigError(f"there is no chip {name!r}; there are: {', '.join(chips())}")
     path = HARDWARE / f"{name}.yaml"
     values = _read(path)
-    known = [field for field in field_names(Chip) if field != "name"]
-    reject_unknown(str(path), values, known, ConfigError)
-    for key in known:
-        if key not in values and key != "devices_per_chip":
-            raise ConfigError(f"{path}: {key} is missing")
-    return Chip(name=name, **values)
+    if len({"gpu", "tpu"} & set(values)) != 1:
+        raise ConfigError(f"{path}: it must have one of gpu and tpu")
+    for key, kind in (("gpu", Gpu), ("tpu", Tpu)):
+        if key in values:
+            values[key] = _part(kind, values[key], f"{path}: {key}")
+    return _part(Chip, {"name": name, **values}, str(path))
+
+
+def _part(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass from its fields; raises `ConfigError` for unknown, missing or ill-typed ones."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, got {values!r}")
+    reject_unknown(where, values, field_names(kind), ConfigError)
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            if field.default is dataclasses.MISSING:
+                raise ConfigError(f"{where}: {field.name} is missing")
+            continue
+        value, declared = values[field.name], str(field.type)
+        good = {"str": str, "int": int, "float": (int, float)}.get(declared, object)
+        if not isinstance(value, good) or (good is not object and isinstance(value, bool)):
+            raise ConfigError(f"{where}: {field.name} must be of type {declared}, got {value!r}")
+    return kind(**values)
 
 
 def find_chip(device_kind: str) -> Chip | None:

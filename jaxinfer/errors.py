@@ -38,6 +38,14 @@ class InsufficientMemoryError(JaxinferError, MemoryError):
     """The model, its KV cache or its buffers do not fit; the message has the sum by component."""
 
 
+class ToolchainError(JaxinferError):
+    """What compiles for a target is not installed; the message has the pip command."""
+
+
+class CompileError(JaxinferError):
+    """A program does not compile for a target; the message is the compiler's."""
+
+
 class ShapeError(JaxinferError, ValueError):
     """Two arrays disagree about the size of an axis letter (raised while tracing)."""
 
