@@ -1,4 +1,4 @@
-# make demo | test | check; see `make help`.  Another interpreter: make test PYTHON=python3.12 VENV=.venv312
+# make demo | test | test-compile | check; see `make help`.  Another interpreter: make test PYTHON=python3.12 VENV=.venv312
 PYTHON ?= python3
 VENV ?= .venv
 # A JAX release such as 0.11.2, or `newest`; empty: what is there, or the newest that fits.
@@ -8,6 +8,7 @@ PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?= --model demo --prompts-file jaxinfer/demo/prompts.jsonl --no-json --seed 3 \
   --temperature 0.6 --top-p 0.95 --max-batch-size 8 --max-num-tokens 32
 
+COMMA := ,
 BIN := $(VENV)/bin
 EXPLICIT := $(if $(filter file,$(origin PYTHON)),,yes)
 JAX_PIN := $(if $(filter newest,$(JAX)),--upgrade jax,$(if $(JAX),jax==$(JAX)))
@@ -16,16 +17,23 @@ STAMP := $(VENV)/.installed$(addprefix -jax-,$(JAX))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check link versions interpreter clean
+.PHONY: help demo test test-compile compile-tests check link versions interpreter clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 demo: $(STAMP).core  ## write some completions with the shipped model, and their speed
 	$(BIN)/python -m jaxinfer generate $(DEMO_ARGS)
 
 test: $(STAMP).test  ## run the tests (PYTEST_ARGS="-n 2")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# In an environment of its own: where the compilers are installed, jax looks for their chips.
+test-compile:  ## compile for TPUs and GPUs that are not here (Linux on x86-64; 1.4 GB of packages)
+	@$(MAKE) --no-print-directory compile-tests VENV=$(VENV)-compile
+
+compile-tests: $(STAMP).compile
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m compile
 
 check: $(STAMP).dev link  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -54,6 +62,8 @@ $(STAMP).core: pyproject.toml | interpreter
 	$(call install,,$(STAMP).core)
 $(STAMP).test: pyproject.toml | interpreter
 	$(call install,[test],$(STAMP).core $(STAMP).test)
+$(STAMP).compile: pyproject.toml | interpreter
+	$(call install,[test$(COMMA)aot-tpu$(COMMA)aot-gpu],$(STAMP).core $(STAMP).test $(STAMP).compile)
 $(STAMP).dev: pyproject.toml | interpreter
 	$(call install,[dev],$(STAMP).core $(STAMP).test $(STAMP).dev)
 
@@ -72,5 +82,5 @@ interpreter:
 	    '$(VENV) has another Python than $(PYTHON), which is $$wanted: name another VENV=...')"; }
 
 clean:  ## remove the virtual environment and what tools left behind
-	rm -rf $(VENV) build/link build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-compile build/link build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find jaxinfer kernels shardings configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from tqdm import tqdm
 
 from jaxinfer import cache, shardings
@@ -152,8 +154,14 @@ class Step:
         started = time.perf_counter()
         weights, table = jax.tree.map(_abstract, (weights, table))
         history_width = self.abstract_state.history_BT.shape[1]
-        jobs = [(self._backbones, size, self._lower_backbone) for size in self.buckets.tokens]
-        jobs += [(self._heads, size, self._lower_head) for size in self.buckets.rows]
+        jobs = [
+            (self._backbones, size, partial(self.lower_backbone, weights, size))
+            for size in self.buckets.tokens
+        ]
+        jobs += [
+            (self._heads, size, partial(self.lower_head, weights, table, size))
+            for size in self.buckets.rows
+        ]
 
         self._remember = (
             jax.jit(remember, donate_argnums=0)
@@ -167,7 +175,7 @@ class Step:
         ):
             running = []
             for programs, size, lower in jobs:
-                lowered = lower(weights, table, size)
+                lowered = lower()
 
                 def finish(programs=programs, size=size, lowered=lowered) -> None:
                     programs[size] = lowered.compile()
@@ -182,7 +190,8 @@ class Step:
     def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=shardings.replicated(self.mesh))
 
-    def _lower_backbone(self, weights, table, size: int):
+    def lower_backbone(self, weights: dict[str, Any], size: int) -> Lowered:
+        """The backbone for `size` tokens; under `jax.set_mesh`, as the head."""
         rows = self.buckets.num_rows(size)
         inputs = Inputs(
             slots_B=self._ints(rows),
@@ -208,7 +217,8 @@ class Step:
         run.__name__ = f"backbone_{size}"
         return jax.jit(run, donate_argnums=1).lower(weights, self.abstract_state, inputs)
 
-    def _lower_head(self, weights, table, size: int):
+    def lower_head(self, weights: dict[str, Any], table: SamplingTable, size: int) -> Lowered:
+        """Head and sampler for `size` rows."""
         selection = Selection(
             slots_B=self._ints(size),
             positions_B=self._ints(size),

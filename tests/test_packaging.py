@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "stop": "",
     "configs": "config",
     "hardware": "errors",
+    "aot": "checkpoint options step",
     "kernels": "shapes",
     "shardings": "shapes config",
     "cache": "config shardings",

@@ -1,0 +1,320 @@
+"""The engine's own programs for a target: do they fit, and how fast can they be?"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxinfer.aot import isolate
+from jaxinfer.aot import target as targets
+from jaxinfer.aot.report import Report
+from jaxinfer.config import DTYPES, ModelConfig
+from jaxinfer.errors import ConfigError, InsufficientMemoryError
+
+if TYPE_CHECKING:
+    from jaxinfer.step import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What the engine is compiled for.
+
+    model: a folder, "demo", a preset's name or a hub id; no weights are needed.
+    batch: requests that decode together.
+    context: tokens of each whose keys and values are in the cache, which is just that large.
+    prefill: tokens of a step that computes prompts; None: no such step is compiled.
+    dtype: number format of weights and activations; "auto": the checkpoint's.
+    kv_cache_dtype: of the cache; "auto": `dtype`.
+    tensor_parallel_size: devices that each layer is split over.
+    page_size: token slots in a page of the cache.
+    """
+
+    model: str
+    batch: int = 64
+    context: int = 1024
+    prefill: int | None = None
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    page_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "prefill", "tensor_parallel_size", "page_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a whole number above 0, got {value!r}")
+        for name in ("dtype", "kv_cache_dtype"):
+            if getattr(self, name) not in ("auto", *DTYPES):
+                known = ", ".join(("auto", *DTYPES))
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least time of a kind of step, as its bytes and its operations have it.
+
+    tokens: of the step, on all devices.  hbm_bytes, flops: of one device.
+    flop_seconds: None if the chip's sheet has no peak for the number format.
+    """
+
+    tokens: int
+    hbm_bytes: int
+    flops: float
+    byte_seconds: float
+    flop_seconds: float | None
+
+    @property
+    def seconds(self) -> float:
+        return max(self.byte_seconds, self.flop_seconds or 0)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What compiling the engine for a target found.  Bytes are of one device.
+
+    programs: by name; one that the compiler found too large is in `refused` with its words.
+    weights, kv_cache: as laid out there.  needed: with both, what the largest step takes beside
+    them and the programs themselves (None if one was refused).  available: the device's memory.
+    decode, prefill: bounds that no implementation can beat: weights and each row's keys and values
+    read once, padding and activations nothing.  compiled_decode: the same with the bytes that
+    these programs move.
+    """
+
+    target: str
+    workload: Workload
+    devices: int
+    programs: dict[str, Report]
+    refused: dict[str, str]
+    weights: int
+    kv_cache: int
+    needed: int | None
+    available: int
+    decode: Bound | None
+    compiled_decode: Bound | None
+    prefill: Bound | None
+
+    @property
+    def fits(self) -> bool:
+        return self.needed is not None and self.needed <= self.available
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "programs"
+        }
+        for name, value in values.items():
+            if isinstance(value, Workload | Bound):
+                values[name] = dataclasses.asdict(value)
+            if isinstance(value, Bound):
+                values[name] |= {
+                    "seconds": value.seconds, "tokens_per_second": value.tokens_per_second
+                }  # fmt: skip
+        programs = {name: report.as_dict() for name, report in self.programs.items()}
+        return {**values, "fits": self.fits, "programs": programs}
+
+
+def compile_engine(target: str, workload: Workload, timeout: float | None = 1800) -> Estimate:
+    """Compile a model's decode step, and its prefill step if asked for, for `target`.
+
+    The attention over pages is a loop in the reference implementation; its turns are counted as
+    those that a context of full length takes.  Raises as `compile_for` does, but a program that
+    does not fit is part of the answer.
+    """
+    return isolate.run(_compile_here, targets.parse(target), workload, timeout=timeout)[0]
+
+
+def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
+    import jax
+
+    from jaxinfer.aot.compile import finish
+
+    step, weights, table = abstract_engine(targets.devices(target), workload)
+    limits, pages = step.limits, step.limits.pages_per_row
+    lowerings = {
+        "decode": (lambda: step.lower_backbone(weights, workload.batch), pages),
+        "head": (lambda: step.lower_head(weights, table, workload.batch), 1),
+    }
+    if workload.prefill:
+        lowerings["prefill"] = (lambda: step.lower_backbone(weights, limits.max_num_tokens), 1)
+    programs, refused = {}, {}
+    for name, (lower, turns) in lowerings.items():
+        with jax.set_mesh(step.mesh):
+            started = time.perf_counter()
+            lowered = lower()
+            seconds = time.perf_counter() - started
+        try:
+            programs[name] = finish(target, name, lowered, seconds, unknown_trips=turns)
+        except InsufficientMemoryError as error:
+            refused[name] = str(error)
+    return _estimate(target, workload, step, weights, programs, refused)
+
+
+def abstract_engine(devices: list[Any], workload: Workload) -> tuple[Step, dict[str, Any], Any]:
+    """The engine's step over these devices, and its weights and sampling table without memory."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxinfer import checkpoint, shardings
+    from jaxinfer.batch import Buckets
+    from jaxinfer.models import decoder
+    from jaxinfer.sampling import SamplingRows
+    from jaxinfer.scheduler import Limits
+    from jaxinfer.step import Step
+
+    config = checkpoint.resolve(workload.model, "dummy").config
+    shardings.check_divisible(config.sizes, workload.tensor_parallel_size)
+    mesh = shardings.mesh(workload.tensor_parallel_size, devices)
+    longest = max(workload.context, workload.prefill or 0)
+    if longest > config.max_position_embeddings:
+        raise ConfigError(
+            f"context and prefill may not exceed the model's {config.max_position_embeddings} "
+            f"positions, got {longest}"
+        )
+    limits = Limits(
+        max_batch_size=workload.batch,
+        max_num_tokens=max(workload.batch, workload.prefill or 0),
+        max_seq_len=workload.context,
+        page_size=workload.page_size,
+    )
+    buckets = Buckets((limits.max_num_tokens,), (workload.batch,), max_rows=workload.batch)
+    dtype = jnp.dtype(config.dtype if workload.dtype == "auto" else workload.dtype)
+    kept = workload.kv_cache_dtype
+    cache_dtype = dtype if kept == "auto" else jnp.dtype(kept)
+    num_pages = workload.batch * limits.pages_per_row + 1
+    config = config.for_length(workload.context)
+    step = Step(config, mesh, limits, buckets, num_pages, dtype, cache_dtype)
+
+    whole = shardings.replicated(mesh)
+    table = SamplingRows(
+        workload.batch + 1,
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole),
+    ).table()
+    weights = jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(
+            one.shape, dtype, sharding=shardings.named(mesh, one.letters)
+        ),
+        decoder.parameters(config),
+    )
+    return step, weights, table
+
+
+def _estimate(
+    target: targets.Target,
+    workload: Workload,
+    step: Step,
+    weights: dict[str, Any],
+    programs: dict[str, Report],
+    refused: dict[str, str],
+) -> Estimate:
+    sizes = {name: size for one in programs.values() for name, size in one.arguments}
+    weight_bytes = sum(size for name, size in sizes.items() if name.startswith("weights"))
+    cache_bytes = sum(size for name, size in sizes.items() if name.startswith("state.cache"))
+    if refused:  # then the compiler did not say, and this is without padding
+        weight_bytes, cache_bytes = _bytes(weights), _bytes(step.abstract_state.cache)
+    needed = None
+    if not refused:
+        beside = (
+            one.memory.total
+            - one.memory.code
+            - sum(size for name, size in one.arguments if name.startswith(("weights", "state.c")))
+            for one in programs.values()
+        )
+        code = sum(one.memory.code for one in programs.values())
+        needed = weight_bytes + cache_bytes + max(beside) + code
+    bounds = _Bounds(target, workload, step, weights)
+    moved = [programs[name].hbm_bytes for name in ("decode", "head") if name in programs]
+    return Estimate(
+        target=target.text,
+        workload=workload,
+        devices=workload.tensor_parallel_size,
+        programs=programs,
+        refused=refused,
+        weights=weight_bytes,
+        kv_cache=cache_bytes,
+        needed=needed,
+        available=target.memory_bytes,
+        decode=bounds.decode(),
+        compiled_decode=bounds.decode(sum(moved)) if len(moved) == 2 else None,
+        prefill=bounds.prefill(workload.prefill) if workload.prefill else None,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Of a tree's arrays, on one device, without padding."""
+    import jax
+    import numpy as np
+
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+class _Bounds:
+    """The least bytes and operations of a step, on each device."""
+
+    def __init__(
+        self, target: targets.Target, workload: Workload, step: Step, weights: dict[str, Any]
+    ):
+        config, chip, self.devices = step.config, target.chip, workload.tensor_parallel_size
+        head = weights.get("head_VD", weights["embed_VD"])
+        self.workload, self.config, self.layers = workload, config, weights["layers"]
+        self.head_bytes = _bytes(head)
+        self.layer_bytes = _bytes(weights["layers"])
+        # Of one token and layer, keys and values.
+        slots = workload.batch * step.limits.pages_per_row + 1
+        pool = _bytes(step.abstract_state.cache)
+        self.slot_bytes = pool / (slots * workload.page_size * config.num_layers)
+        self.bytes_per_second = chip.bytes_per_second / chip.devices_per_chip
+        peak = chip.flops.get(step.dtype.name)
+        self.flops_per_second = None if peak is None else peak / chip.devices_per_chip
+
+    def decode(self, moved: int | None = None) -> Bound:
+        """Of a decode step; moved: bytes, if they are known better."""
+        rows, context = self.workload.batch, self.workload.context
+        seen = [_seen(self.config, layer, context) for layer in range(self.config.num_layers)]
+        least = self.layer_bytes + self.head_bytes + rows * sum(seen) * self.slot_bytes
+        return self._bound(rows, rows, rows * sum(seen), moved or int(least))
+
+    def prefill(self, tokens: int) -> Bound:
+        """Of a step over the first tokens of prompts of `context` tokens, or of one shorter."""
+        length = min(tokens, self.workload.context)
+        rows = tokens / length
+        pairs = 0
+        for layer in range(self.config.num_layers):
+            window = _seen(self.config, layer, length)
+            pairs += window * (window + 1) // 2 + (length - window) * window
+        written = tokens * self.config.num_layers * self.slot_bytes
+        least = self.layer_bytes + self.head_bytes + written
+        return self._bound(tokens, rows, rows * pairs, int(least))
+
+    def _bound(self, tokens: int, selected: float, pairs: float, moved: int) -> Bound:
+        parameters = 2 * (self.layer_count * tokens + self.head_count * selected)
+        attention = 4 * self.config.num_heads * self.config.head_dim * pairs
+        flops = (parameters + attention) / self.devices
+        seconds = None if self.flops_per_second is None else flops / self.flops_per_second
+        return Bound(tokens, moved, flops, moved / self.bytes_per_second, seconds)
+
+    @property
+    def layer_count(self) -> int:
+        import jax
+
+        return sum(leaf.size for leaf in jax.tree.leaves(self.layers))
+
+    @property
+    def head_count(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+
+def _seen(config: ModelConfig, layer: int, context: int) -> int:
+    """Positions that a token at the end of a context attends to."""
+    window = config.window(layer)
+    return context if window is None else min(context, window)
