@@ -55,10 +55,15 @@ def test_a_step_of_the_reference(model, target, devices):
         assert program.collective("all-gather") == (gathered if devices > 1 else 0)
         others = {one.kind for one in program.collectives} - {"all-reduce", "all-gather"}
         assert others == set()
-    copies = [one for one in found.programs["decode"].copies if one.bytes >= pool]
-    if copies and target in TPUS:
-        pytest.xfail(f"XLA's scatter copies the pool on TPU, as {copies}")
-    assert copies == []
+        assert [one for one in program.copies if one.bytes >= pool] == []
+
+
+@pytest.mark.xfail(reason="a pool of narrow heads has pages in its lanes: turning it costs copies")
+def test_narrow_heads_copy_no_pool_on_tpu(model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 64}))
+    found = compile_engine("v6e:1", Workload(model=str(tmp_path), batch=ROWS, context=1024))
+    pool = (ROWS * 1024 // PAGE + 1) * PAGE * 4 * 64 * 2
+    assert [one for one in found.programs["decode"].copies if one.bytes >= pool] == []
 
 
 @pytest.mark.parametrize("target", ["v5e:1", "h100:1"])

@@ -30,3 +30,22 @@ def test_every_chip_is_listed_and_no_other_is_found():
     assert configs.find_chip("cpu") is None
     with pytest.raises(ConfigError, match="there is no chip 'h300'; there are: a100, "):
         configs.load_chip("h300")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("sm_count: 132", "sm_count: many"), "gpu: sm_count must be of type int, got 'many'"),
+        (("  sm_count: 132\n", ""), "gpu: sm_count is missing"),
+        (("sm_count", "sm_cuont"), "gpu has no field 'sm_cuont'; did you mean 'sm_count'"),
+        (("gpu:", "tpu: {topology: v5e, host: 2x2}\ngpu:"), "must have one of gpu and tpu"),
+        (("bytes_per_second: 4.8e+12\n", ""), "bytes_per_second is missing"),
+    ],
+)
+def test_unsound_sheets_are_refused(tmp_path, monkeypatch, change, message):
+    text = (configs.HARDWARE / "h200.yaml").read_text()
+    assert change[0] in text
+    (tmp_path / "h200.yaml").write_text(text.replace(*change))
+    monkeypatch.setattr(configs, "HARDWARE", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        configs.load_chip("h200")
