@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "aot": "checkpoint options step",
     "kernels": "shapes",
     "shardings": "shapes config",
-    "cache": "config shardings",
+    "cache": "config kernels shardings",
     "layers": "config kernels shardings",
     "models": "cache layers",
     "saving": "config",

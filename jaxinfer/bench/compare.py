@@ -21,7 +21,7 @@ from jaxinfer.request import SamplingParams
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
-HELP = "jaxinfer beside transformers, llama.cpp or a bare loop, on the same weights and prompts"
+HELP = "beside transformers, llama.cpp or a bare loop, on the same weights and prompts"
 DESCRIPTION = """\
 Generates with the engine and with something else in turn, with the same weights and from the same
 random prompts, greedily, in float32, and reports the ratios of their tokens a second, round by
