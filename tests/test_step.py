@@ -100,14 +100,16 @@ def test_bucket_sizes_waste_little():
         wasted = [size - n for n, size in enumerate(padded, 1)]
         assert limit < 32 or sum(wasted) <= 0.12 * sum(padded)
         assert all(
-            waste < 0.2 * size for waste, size in zip(wasted, padded, strict=True) if size > 8
+            waste < (0.2 if size > 12 else 0.3) * size
+            for waste, size in zip(wasted, padded, strict=True)
+            if size > 8
         )
 
 
 def test_default_limits_compile_few_programs():
     limits = Limits(max_batch_size=32, max_num_tokens=256, max_seq_len=512, page_size=32)
     buckets = Buckets.for_limits(limits)
-    assert len(buckets.tokens) + len(buckets.rows) <= 30
+    assert len(buckets.tokens) + len(buckets.rows) <= 28
 
 
 def test_a_shape_that_was_not_compiled_is_an_error(tiny_model):
