@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jaxinfer.bench import rounds, serve
 from jaxinfer.bench.rounds import Load
-from jaxinfer.bench.side import Side
+from jaxinfer.bench.side import Side, load_extra
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.options import add_fields, given
@@ -29,7 +29,11 @@ round.  A first round warms both up and is not counted.  Outputs must be the sam
 which are counted (llama.cpp's may differ, and are counted).  docs/benchmarks.md says how the other
 side is run and what the figures mean."""
 
-AGAINST = ("transformers", "llama.cpp", "loop")
+AGAINST = {
+    "transformers": ("torch", "transformers"),
+    "llama.cpp": ("llama_cpp", "gguf"),
+    "loop": (),
+}
 LLAMA_TYPES = ("F32", "Q8_0")
 ROWS = [1, 8, 32]
 MIXED_LENGTHS = 16, 256  # of prompts and of outputs, both included
@@ -84,6 +88,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed, "dtype": "float32", "skip_tokenizer_init": True,
     }  # fmt: skip
     EngineConfig.from_dict(engine)
+    load_extra(args.against, *AGAINST[args.against])  # what lacks shall be said at once
     from jaxinfer.llm import LLM  # jax, only now
 
     with LLM(args.model, **engine) as llm:
