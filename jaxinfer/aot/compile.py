@@ -124,7 +124,7 @@ def finish(
 
 def _refusal(target: targets.Target, name: str, message: str) -> Exception:
     where = f"{name} for {target.text}"
-    if re.search(r"memory space hbm|RESOURCE_EXHAUSTED.*(hbm|device memory)", message):
+    if re.search(r"RESOURCE_EXHAUSTED.*\bhbm\b", message, re.IGNORECASE):  # other memories: below
         return InsufficientMemoryError(f"{where} does not fit:\n{message}")
     return CompileError(f"{where} does not compile:\n{message}")
 

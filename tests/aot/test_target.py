@@ -10,8 +10,9 @@ import pytest
 from jaxinfer import configs
 from jaxinfer.aot import Workload, compile_for, isolate, target
 from jaxinfer.aot.__main__ import main, table
+from jaxinfer.aot.compile import _refusal
 from jaxinfer.aot.engine import Bound, Estimate, _Bounds, abstract_engine
-from jaxinfer.errors import CompileError, ConfigError, ToolchainError
+from jaxinfer.errors import CompileError, ConfigError, InsufficientMemoryError, ToolchainError
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,20 @@ def test_what_goes_wrong_elsewhere_is_told():
         isolate.run(fails, ZeroDivisionError("nothing"))
     with pytest.raises(CompileError, match=r"ended the process.*\n.*no such instruction"):
         isolate.run(dies)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("Ran out of memory on HBM, the total memory required", InsufficientMemoryError),
+        ("Ran out of memory in memory space hbm. Used 18G of 15G hbm.", InsufficientMemoryError),
+        ("Ran out of memory in memory space vmem.\nProgram hbm requirement 3G", CompileError),
+    ],
+)
+def test_a_program_too_large_is_told_from_a_kernel_too_large(message, kind):
+    error = _refusal(target.parse("v6e:1"), "decode", f"RESOURCE_EXHAUSTED: {message}")
+    assert type(error) is kind
+    assert "decode for v6e:1" in str(error)
 
 
 def test_functions_without_a_name_are_refused():
