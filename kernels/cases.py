@@ -1,0 +1,169 @@
+"""The one list of named shapes for which kernels over pages are tested, compiled, tuned and timed.
+
+Plain data: `SMALL` is for tests that run a kernel step by step, `REAL` for everything that compiles
+or times one.  A case names a batch and a pool; `abstract` gives the arguments' shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.rows import Rows
+from jaxinfer.kernels.write_pages import LARGEST, Pool
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ragged batch over a pool, with the options of `paged_attention`.
+
+    lens: for each row how many tokens it brings, and how many its sequence has with them; rows of
+        one token come first.
+    stored: dtype of the pool's arrays.  Queries are bfloat16, but float32 over a float32 pool.
+    row_per_token: the batch comes as rows of one token each, several to a sequence (B = T).
+    """
+
+    lens: tuple[tuple[int, int], ...]
+    K: int
+    G: int
+    H: int
+    S: int
+    stored: str = "bfloat16"
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    row_per_token: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of queries, and of keys and values before they are stored."""
+        return "float32" if self.stored == "float32" else "bfloat16"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(queries for queries, _ in self.lens)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens if self.row_per_token else len(self.lens)
+
+    @property
+    def table_width(self) -> int:
+        """Pages of the longest sequence."""
+        return max((-(-length // self.S) for _, length in self.lens), default=1)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all sequences, and the dump page."""
+        return 1 + sum(-(-length // self.S) for _, length in self.lens)
+
+
+ROWS = {
+    "decode": ((1, 1), (1, 150), (1, 16), (1, 64)),
+    "tokens": ((1, 9), (5, 5), (6, 70)),
+    "chunk": ((13, 141),),
+    "prefill": ((70, 70),),
+    "mixed": ((1, 9), (1, 130), (0, 0), (5, 5), (40, 60), (2, 33)),
+    "nothing": (),
+}
+
+# Every pair of values of two columns is in some line (a test counts); "nothing" is in one only.
+_PAIRS = (
+    # rows, K, G, H, S, stored, window, soft_cap, sinks
+    ("decode", 3, 4, 64, 64, "uint8", None, 1.5, True),
+    ("decode", 2, 1, 80, 16, "uint8", 5, 1.5, True),
+    ("decode", 2, 7, 80, 64, "float32", 40, 1.5, True),
+    ("decode", 2, 8, 96, 128, "float8_e4m3fn", 40, 1.5, True),
+    ("decode", 1, 1, 96, 32, "float8_e5m2", 5, 1.5, True),
+    ("decode", 3, 7, 128, 32, "int8", 40, 1.5, False),
+    ("decode", 3, 1, 256, 128, "bfloat16", None, None, False),
+    ("tokens", 1, 8, 64, 128, "float32", 5, None, False),
+    ("tokens", 2, 7, 80, 128, "int8", 5, None, True),
+    ("tokens", 1, 1, 80, 128, "bfloat16", None, None, False),
+    ("tokens", 1, 4, 96, 64, "bfloat16", None, 1.5, True),
+    ("tokens", 3, 8, 128, 32, "uint8", 40, None, False),
+    ("tokens", 2, 8, 128, 16, "float8_e5m2", 40, None, False),
+    ("tokens", 2, 1, 256, 64, "float8_e4m3fn", 5, None, True),
+    ("chunk", 2, 7, 64, 64, "float8_e5m2", None, None, False),
+    ("chunk", 1, 4, 80, 32, "float8_e4m3fn", None, None, False),
+    ("chunk", 3, 7, 96, 16, "float32", 40, None, False),
+    ("chunk", 1, 7, 128, 128, "uint8", 5, 1.5, True),
+    ("chunk", 3, 1, 128, 16, "bfloat16", 40, 1.5, True),
+    ("chunk", 1, 8, 256, 16, "int8", None, None, False),
+    ("prefill", 1, 7, 64, 128, "bfloat16", 40, None, True),
+    ("prefill", 2, 7, 64, 16, "float8_e4m3fn", None, 1.5, True),
+    ("prefill", 3, 8, 80, 64, "float8_e5m2", 40, 1.5, True),
+    ("prefill", 1, 1, 96, 64, "int8", None, 1.5, True),
+    ("prefill", 2, 4, 128, 16, "float32", None, None, True),
+    ("prefill", 1, 1, 256, 32, "float32", 5, 1.5, False),
+    ("prefill", 2, 7, 256, 64, "uint8", 5, 1.5, True),
+    ("mixed", 1, 1, 64, 16, "int8", 40, 1.5, False),
+    ("mixed", 2, 8, 64, 32, "bfloat16", 5, 1.5, True),
+    ("mixed", 3, 4, 80, 16, "int8", 5, None, True),
+    ("mixed", 3, 7, 96, 64, "uint8", 5, None, True),
+    ("mixed", 3, 7, 128, 64, "float8_e4m3fn", None, None, True),
+    ("mixed", 1, 8, 128, 16, "float32", 5, 1.5, True),
+    ("mixed", 2, 4, 256, 128, "float8_e5m2", 40, None, False),
+    ("nothing", 2, 4, 64, 16, "bfloat16", None, None, False),
+)  # fmt: skip
+
+
+def _named(line: tuple) -> tuple[str, Case]:
+    rows, K, G, H, S, stored, window, soft_cap, sinks = line
+    words = [rows, f"{K}x{G}x{H}", f"page{S}", stored]
+    words += [f"window{window}"] * (window is not None) + ["cap"] * (soft_cap is not None)
+    case = Case(ROWS[rows], K, G, H, S, stored, window, soft_cap, sinks, rows == "tokens")
+    return "-".join(words + ["sinks"] * sinks), case
+
+
+SMALL = dict(map(_named, _PAIRS))
+
+# Attention of public models, on one device.
+MODELS = {
+    "llama-3.1-8b": dict(K=8, G=4, H=128),
+    "llama-3.1-70b/8": dict(K=1, G=8, H=128),  # its share of eight devices
+    "llama-3.2-1b": dict(K=8, G=4, H=64),
+    "qwen2.5-7b": dict(K=4, G=7, H=128),
+    "phi-3-mini": dict(K=32, G=1, H=96),
+    "gemma-2-9b": dict(K=8, G=2, H=256, soft_cap=50.0, window=4096),
+    "gpt-oss-20b": dict(K=8, G=8, H=64, sinks=True, window=128),
+}
+BATCHES = {
+    "decode 64 x 1k": ((1, 1024),) * 64,
+    "decode 4 x 32k": ((1, 32768),) * 4,
+    "prefill 2048": ((2048, 2048),),
+    "mixed 32 x 1k + 1024": ((1, 1024),) * 32 + ((1024, 1024),),
+}
+REAL = {
+    f"{model}, {batch}": Case(lens=lens, S=64, **sizes)
+    for model, sizes in MODELS.items()
+    for batch, lens in BATCHES.items()
+}
+REAL |= {
+    f"llama-3.1-8b, {batch}, {stored}": replace(REAL[f"llama-3.1-8b, {batch}"], stored=stored)
+    for batch in BATCHES
+    for stored in LARGEST
+}
+
+
+def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, Pool, Rows]:
+    """Shapes and dtypes of `paged_attention`'s `q_TKGH`, `pool` and `rows`, without padding."""
+
+    def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    slots = (case.num_pages, case.K, case.S)
+    pages = array(case.stored, *slots, case.H // 2 if case.stored == "uint8" else case.H)
+    scales = array("float32", *slots) if case.stored in LARGEST else None
+    per_T, per_B, scalar = (
+        array("int32", case.num_tokens), array("int32", case.num_rows), array("int32"),
+    )  # fmt: skip
+    rows = Rows(
+        positions_T=per_T, rows_T=per_T, query_starts_B=per_B, query_lens_B=per_B,
+        kv_lens_B=per_B, page_table_BM=array("int32", case.num_rows, case.table_width),
+        num_tokens=scalar, num_rows=scalar, num_single=scalar,
+    )  # fmt: skip
+    q_TKGH = array(case.dtype, case.num_tokens, case.K, case.G, case.H)
+    return q_TKGH, Pool(pages, pages, scales, scales), rows
