@@ -1,0 +1,67 @@
+"""Parts of a split context become one result: the second kernel of decoding on GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxinfer.kernels.paged_attention_gpu_body import FLOOR
+
+# Eight rows of values over a warpgroup: two rows a warp, sixteen columns beside each other.
+LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+
+
+def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group: int) -> Array:
+    """Softmax-weighted mean of each row's parts, one after the other: `[B, K, G, H]`, bfloat16.
+
+    acc: `[items, K, parts, padded G, H]` float32, sums of weighted values.
+    stat: `[items, K, parts, 2, …]` float32, the maxima in base 2 that the weights are relative to,
+        and the sums of the weights.
+    starts: `[B + 1]`; row b has the items from `starts[b]` to `starts[b + 1]`; zeros if none.
+    """
+    _, heads, parts, padded, width = acc.shape
+    rows = starts.shape[0] - 1
+    seed = jnp.full((heads, padded), FLOOR, jnp.float32)
+    seed = seed if sinks_KG is None else seed.at[:, :group].set(sinks_KG)
+
+    def body(acc, stat, starts, seed, out):
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+
+        def load(ref, layout):
+            return plgpu.load(ref, layout=layout, optimized=False)
+
+        def over_columns(x):
+            return lax.broadcast_in_dim(x, (padded, width), [0])
+
+        def fold(n, carry):
+            total, peak, values = carry
+            part = (lax.div(n, jnp.int32(parts)), head, lax.rem(n, jnp.int32(parts)))
+            other_peak = load(stat.at[(*part, 0, pl.ds(0, padded))], LAYOUT.reduce(1))
+            other_total = load(stat.at[(*part, 1, pl.ds(0, padded))], LAYOUT.reduce(1))
+            other_values = load(acc.at[part], LAYOUT)
+            new_peak = jnp.maximum(peak, other_peak)
+            mine, other = jnp.exp2(peak - new_peak), jnp.exp2(other_peak - new_peak)
+            values = values * over_columns(mine) + other_values * over_columns(other)
+            return total * mine + other_total * other, new_peak, values
+
+        zeros = plgpu.layout_cast(jnp.zeros((padded, width), jnp.float32), LAYOUT)
+        peak = load(seed.at[head], LAYOUT.reduce(1))
+        total = jnp.where(peak > FLOOR, 1.0, 0.0)
+        span = starts[row] * parts, starts[row + 1] * parts
+        total, _, values = lax.fori_loop(*span, fold, (total, peak, zeros))
+        total = jnp.where(total == 0, 1.0, total)
+        out[row, head] = (values * over_columns(1 / total)).astype(out.dtype)
+
+    out = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, heads, padded, width), jnp.bfloat16),
+        grid=(rows, heads),
+        grid_names=("row", "head"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(acc, stat, starts, seed)
+    return out[:, :, :group]
