@@ -45,33 +45,41 @@ def why_not(gpu: Gpu, q_TKGH: Array, pool: Pool) -> str | None:
     """
     sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool)
     stored = jnp.dtype(pool.k_PKSH.dtype)
-    if gpu.capability not in {(9, 0)}:
+    quantized = stored.name in LARGEST
+    if gpu.capability not in {(9, 0), (10, 0)}:
         return f"compute capability {gpu.capability} has neither wgmma nor tcgen05"
     if q_TKGH.dtype != jnp.bfloat16:
         return f"queries are {q_TKGH.dtype}, not bfloat16"
-    if stored != jnp.bfloat16 and stored.name not in LARGEST:
-        return f"pages are {stored}"
-    if sizes["H"] % 16 or sizes["H"] > 256:
-        return f"head size {sizes['H']} is no multiple of 16 up to 256"
-    if pool.k_PKSH.shape[-1] * stored.itemsize % 16:
-        return f"a slot of {pool.k_PKSH.shape[-1] * stored.itemsize} bytes is no multiple of 16"
+    if stored != jnp.bfloat16 and not quantized:
+        return f"pages are {stored}, not bfloat16 or quantised"
+    widest = UNITS[gpu.capability[0]].WIDEST
+    if sizes["H"] % 16 or sizes["H"] > widest:
+        return f"head size {sizes['H']} is not a multiple of 16 up to {widest}"
+    slot_bytes = pool.k_PKSH.shape[-1] * stored.itemsize
+    if slot_bytes % 16:
+        return f"a slot has {slot_bytes} bytes, not a multiple of 16"
     if sizes["G"] > 64:
-        return f"{sizes['G']} query heads of a KV head do not fit into a tile of 64"
-    smallest = 16 if pool.k_scale_PKS is None else 32  # scales of a page: at least 128 bytes
+        return f"{sizes['G']} query heads of a KV head are more than a tile of 64 holds"
+    smallest = 32 if quantized else 16  # the scales of a page must fill 128 bytes
     if sizes["S"] not in (smallest, 32, 64, 128):
-        return f"page size {sizes['S']} is not a power of two in {smallest} … 128"
+        return f"page size {sizes['S']} is not a power of two from {smallest} to 128"
     return None
 
 
-def tiling(gpu: Gpu, problem: Problem, stored: jnp.dtype, *, split: bool) -> Tiling:
-    """Slots of a block, and how many blocks may be on their way, for a chip's shared memory."""
-    width = problem.H // 2 if stored == jnp.uint8 else problem.H
-    block = 64 if split or problem.H > 128 else 128
+def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
+    """Tile and ring for a chip's shared memory.
+
+    Decoding waits for memory: many small blocks on their way, and where pages must be converted
+    first, a third warpgroup to do it.  Prompts wait for products: blocks as large as fit.
+    """
+    unit = UNITS[gpu.capability[0]]
+    groups = 3 if split and problem.quantized and problem.H <= 128 and unit.ROWS == 64 else 2
+    block = 128 if not split and problem.H <= 128 and unit.ROWS == 64 else 64
     for stages in range(6, 0, -1):
-        chosen = Tiling(block, stages, split)
-        if body.shared_bytes(problem, chosen, width, stored) <= gpu.shared_bytes:
-            return chosen
-    raise ValueError(f"no tile of heads of {problem.H} fits into {gpu.shared_bytes} bytes")
+        tiling = Tiling(split, unit.ROWS, groups, block, stages)
+        if body.shared_bytes(problem, tiling, unit) <= gpu.shared_bytes:
+            return tiling
+    raise ValueError(f"shared_bytes={gpu.shared_bytes} are too few for heads of {problem.H}")
 
 
 @partial(jax.jit, static_argnames=("gpu", "scale", "window", "soft_cap"))
@@ -92,7 +100,8 @@ def paged_attention(
     """
     sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool, page_table_BM=rows.page_table_BM)
     T, K, G, H, S, B = (sizes[letter] for letter in "TKGHSB")
-    problem = Problem(K, G, H, S, scale, window, soft_cap)
+    stored = jnp.dtype(pool.k_PKSH.dtype).name
+    problem = Problem(K, G, H, S, stored, scale, window, soft_cap)
     if sinks_KG is not None:
         sinks_KG = sinks_KG.astype(jnp.float32) * LOG2E
     single_BKGH = _attend_single(q_TKGH, pool, rows, gpu, problem, sinks_KG)
@@ -116,66 +125,75 @@ def _items(per_row_B: Array, capacity: int) -> tuple[Array, Array, Array, Array]
     return row_I, item_I - starts[row_I], starts, starts[-1:]
 
 
-def _begin(first: Array, window: int | None, step: int) -> Array:
-    """The first slot that a query at position `first` looks at, rounded down to whole steps."""
-    return jnp.zeros_like(first) if window is None else jnp.maximum(first - window + 1, 0) // step * step
+def _begin(first: Array, problem: Problem, tiling: Tiling) -> Array:
+    """The first slot that a query at position `first` looks at, rounded down to a piece's begin."""
+    if problem.window is None:
+        return jnp.zeros_like(first)
+    piece = min(tiling.block, problem.S)
+    return jnp.maximum(first - problem.window + 1, 0) // piece * piece
 
 
-def _attend_single(q_TKGH, pool, rows, gpu, problem, sinks_KG) -> Array:
+def _attend_single(
+    q_TKGH: Array, pool: Pool, rows: Rows, gpu: Gpu, problem: Problem, sinks_KG: Array | None
+) -> Array:
     """Rows of one token; the others come out as zeros: `[B, K, G, H]`."""
-    tile = tiling(gpu, problem, pool.k_PKSH.dtype, split=True)
+    tiling = choose_tiling(gpu, problem, split=True)
     B, M = rows.page_table_BM.shape
-    P = pool.shape[0]
     kv_lens_B = jnp.where(jnp.arange(B) < rows.num_single, rows.kv_lens_B, 0)
-    begin_B = _begin(kv_lens_B - 1, problem.window, min(tile.block, problem.S))
+    begin_B = _begin(kv_lens_B - 1, problem, tiling)
     span_B = kv_lens_B - begin_B
-    part_B = jnp.maximum(SHORTEST_PART, -(-span_B // (MOST_PARTS * tile.block)) * tile.block)
-    # Room for all pages of the pool once.  Rows that share more of them get longer parts.
-    capacity = B + min(P, B * M) * problem.S // SHORTEST_PART
-    doublings = max(M * problem.S // SHORTEST_PART, 1).bit_length()
-    factor_X = 2 ** jnp.arange(doublings + 1)
-    totals_X = jnp.sum(-(-span_B // (part_B * factor_X[:, None])), axis=1)
-    part_B = part_B * factor_X[jnp.argmax(totals_X <= capacity)]
+    part_B = -(-span_B // (MOST_PARTS * tiling.block)) * tiling.block
+    part_B = jnp.maximum(part_B, SHORTEST_PART)
+    # Room for every page of the pool once.  Only rows that share many pages need more: the parts
+    # of all rows are then doubled until they fit.
+    capacity = B + min(pool.shape[0], B * M) * problem.S // SHORTEST_PART
+    longest = max(M * problem.S // SHORTEST_PART, 1)
+    factors = 2 ** jnp.arange(longest.bit_length() + 1)[:, None]
+    fits = jnp.sum(-(-span_B // (part_B * factors)), axis=1) <= capacity
+    part_B = part_B * factors[jnp.argmax(fits)]
     row_I, index_I, starts, count = _items(-(-span_B // part_B), capacity)
     begin_I = begin_B[row_I] + index_I * part_B[row_I]
-    end_I = jnp.minimum(begin_I + part_B[row_I], kv_lens_B[row_I])
     kv_len_I = kv_lens_B[row_I]
-    work_IW = jnp.stack([row_I, rows.query_starts_B[row_I], kv_len_I - 1, kv_len_I, begin_I, end_I], 1)
+    end_I = jnp.minimum(begin_I + part_B[row_I], kv_len_I)
+    token_I = rows.query_starts_B[row_I]
+    work = jnp.stack([row_I, token_I, kv_len_I - 1, kv_len_I, begin_I, end_I], axis=1)
     q = jnp.pad(q_TKGH, [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
     acc, stat = body.attend(
-        q, pool, rows.page_table_BM, work_IW, count, None,
-        problem=problem, tiling=tile, unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,
+        q, pool, rows.page_table_BM, work, count, None, problem=problem, tiling=tiling,
+        unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     return merge(acc, stat, starts, sinks_KG, problem.G)
 
 
-def _attend_many(q_TKGH, pool, rows, gpu, problem, sinks_KG) -> Array:
+def _attend_many(
+    q_TKGH: Array, pool: Pool, rows: Rows, gpu: Gpu, problem: Problem, sinks_KG: Array | None
+) -> Array:
     """Rows of several tokens: `[T, K, G, H]`; the other tokens' results are undefined."""
-    tile = tiling(gpu, problem, pool.k_PKSH.dtype, split=False)
+    tiling = choose_tiling(gpu, problem, split=False)
+    T, _, G, H = q_TKGH.shape
     B = rows.page_table_BM.shape[0]
-    T, K, G, H = q_TKGH.shape
-    each = tile.rows // G  # tokens of one warpgroup's tile
-    step = each * body.COMPUTE
-    row_B = jnp.arange(B)
-    many_B = (row_B >= rows.num_single) & (row_B < rows.num_rows)
-    lens_B = jnp.where(many_B, rows.query_lens_B, 0)
-    row_I, index_I, starts, count = _items(-(-lens_B // step), T // step + min(B, T))
+    each = tiling.tokens(problem)
+    step = each * tiling.groups
+    several_B = (jnp.arange(B) >= rows.num_single) & (jnp.arange(B) < rows.num_rows)
+    lens_B = jnp.where(several_B, rows.query_lens_B, 0)
+    row_I, index_I, starts, count = _items(-(-lens_B // step), T // step + B)
     token_I = rows.query_starts_B[row_I] + index_I * step
     kv_len_I = rows.kv_lens_B[row_I]
     position_I = kv_len_I - lens_B[row_I] + index_I * step
-    begin_I = _begin(position_I, problem.window, min(tile.block, problem.S))
+    begin_I = _begin(position_I, problem, tiling)
     end_I = jnp.minimum(position_I + step, kv_len_I)
-    work_IW = jnp.stack([row_I, token_I, position_I, kv_len_I, begin_I, end_I], 1)
-    # (token, head) pairs of a tile end to end, and nothing in the rest of it
-    token_IWQ = token_I[:, None, None] + jnp.arange(step).reshape(1, body.COMPUTE, each)
+    work = jnp.stack([row_I, token_I, position_I, kv_len_I, begin_I, end_I], axis=1)
+    # Gather the (token, head) pairs of each tile end to end; its last rows may stay empty.
+    rest = tiling.rows - each * G
+    token_IWQ = token_I[:, None, None] + jnp.arange(step).reshape(1, tiling.groups, each)
     q = q_TKGH[jnp.minimum(token_IWQ, T - 1)].transpose(0, 3, 1, 2, 4, 5)
     q = q.reshape(*q.shape[:3], each * G, H)
-    q = jnp.pad(q, [(0, 0)] * 3 + [(0, tile.rows - each * G), (0, 0)])
+    q = jnp.pad(q, [(0, 0), (0, 0), (0, 0), (0, rest), (0, 0)])
     if sinks_KG is not None:
-        sinks_KG = jnp.pad(jnp.tile(sinks_KG, (1, each)), [(0, 0), (0, tile.rows - each * G)])
+        sinks_KG = jnp.pad(jnp.tile(sinks_KG, (1, each)), [(0, 0), (0, rest)])
     (out,) = body.attend(
-        q, pool, rows.page_table_BM, work_IW, count, sinks_KG,
-        problem=problem, tiling=tile, unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,
+        q, pool, rows.page_table_BM, work, count, sinks_KG, problem=problem, tiling=tiling,
+        unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     out = out[..., : each * G, :].reshape(*out.shape[:3], each, G, H).transpose(0, 2, 3, 1, 4, 5)
     offset_T = jnp.arange(T) - rows.query_starts_B[rows.rows_T]

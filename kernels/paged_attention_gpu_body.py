@@ -1,8 +1,15 @@
-"""Attention of tiles of queries over pages: the kernel that `paged_attention_gpu` launches."""
+"""Tiles of queries over pages: the kernel that `paged_attention_gpu` launches twice.
+
+A block of threads takes one item of work after the other, an item being a tile of queries of one KV
+head and a range of slots.  One warpgroup loads blocks of slots, page by page, into a ring in shared
+memory; the others compute.  Either each has queries of its own and all see every block, or
+(`Tiling.split`) all have the same queries and take turns at the blocks.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,395 +19,453 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.write_pages import Pool
+from jaxinfer.kernels.paged_attention_gpu_units import tiled
+from jaxinfer.kernels.write_pages import LARGEST, Pool
 
 LOG2E = math.log2(math.e)
-# Below every score; finite, so that differences of maxima are never NaN.
+# Below every score, and finite: differences of maxima are never NaN.
 FLOOR = -1e30
-# Warpgroups that compute; one more loads pages.
-COMPUTE = 2
-# Of the register file of 64 Ki, for three warpgroups of 128 threads.
-LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
+# Registers of a thread that loads, and of one that computes, by the number of computing warpgroups;
+# all threads together may have 64 Ki.
+LOAD_REGISTERS, COMPUTE_REGISTERS = 24, {1: 240, 2: 240, 3: 160}
 
+# Columns of the table of work: the row; where the tile's queries lie (rows of one token only) and
+# the position of the first; the row's length; the slots to visit.
 ROW, TOKEN, POSITION, KV_LEN, BEGIN, END = range(6)
 
 
 @dataclass(frozen=True)
-class Tiling:
-    block: int
-    stages: int
-    split: bool
-    rows: int = 64
-
-
-@dataclass(frozen=True)
 class Problem:
+    """Sizes and options of `paged_attention`; `stored` is the dtype of the pages."""
+
     K: int
     G: int
     H: int
     S: int
+    stored: str
     scale: float
     window: int | None
     soft_cap: float | None
 
-    def tokens(self, tiling):
-        return 1 if tiling.split else tiling.rows // self.G
-
     @property
-    def padded(self):
+    def padded(self) -> int:
+        """Query heads of a KV head, rounded up to what a tile in memory can be cut at."""
         return -(-self.G // 8) * 8
 
+    @property
+    def quantized(self) -> bool:
+        return self.stored in LARGEST
 
-def tiled(shape, dtype, width):
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(width * bits)
-    if swizzle == 16:
-        return plgpu.SMEM(shape, dtype)
-    return plgpu.SMEM(
-        shape, dtype,
-        transforms=(plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)),
-    )
+    @property
+    def width(self) -> int:
+        """Elements that a slot stores; two numbers of four bits are one."""
+        return self.H // 2 if self.stored == "uint8" else self.H
 
 
-def _cols(H):
-    return {256: 32, 128: 64}.get(H, H)
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel divides its problem: `groups` computing warpgroups with `rows` query rows each,
+    `stages` blocks of `block` slots in the ring."""
+
+    split: bool
+    rows: int
+    groups: int
+    block: int
+    stages: int
+
+    def tokens(self, problem: Problem) -> int:
+        """Query positions in the tile of a warpgroup."""
+        return 1 if self.split else self.rows // problem.G
 
 
-def shared_bytes(p: Problem, t: Tiling, width: int, stored) -> int:
-    kib = lambda *shape: -(-math.prod(shape) // 1024) * 1024
-    size = kib(COMPUTE, t.rows, p.H, 2) + 2 * kib(t.stages, t.block, width, jnp.dtype(stored).itemsize)
-    if jnp.dtype(stored) != jnp.bfloat16:
-        size += 2 * kib(t.stages, t.block, 4) + kib(COMPUTE, t.block, p.H, 2)
-    if t.split:
-        size += kib(COMPUTE, t.rows, _cols(p.H), 4) + kib(COMPUTE, 2, t.rows, 4)
-    return size + 2 * 1024
-
-
-def attend(q, pool: Pool, table_BM, work, count, sinks, *, problem: Problem, tiling: Tiling, unit: Any, multiprocessors: int):
+def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]:
+    """Shared memory, barriers, and what the matrix unit needs."""
     p, t = problem, tiling
-    P = pool.k_PKSH.shape[0]
+    # Both operands of a product must be swizzled alike, and the halves of packed numbers are
+    # written one by one.
+    operand = p.width if p.stored == "uint8" else p.H
+    copies = (4 if p.quantized else 2) * (t.block // min(t.block, p.S))
+    types = dict(
+        q_smem=tiled((t.groups, t.rows, p.H), jnp.bfloat16, operand),
+        k_smem=tiled((t.stages, t.block, p.width), p.stored),
+        v_smem=tiled((t.stages, t.block, p.width), p.stored),
+        full=plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
+        free=plgpu.Barrier(num_arrivals=t.groups, num_barriers=t.stages),
+        q_full=plgpu.Barrier(num_barriers=t.groups),
+    )
+    if p.quantized:
+        types |= dict(
+            k_scale_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
+            v_scale_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
+            wide_smem=tiled((t.groups, t.block, p.H), jnp.bfloat16, operand),
+        )
+    if t.split:
+        types |= dict(
+            acc_smem=tiled((t.groups, t.rows, _columns(p.H)), jnp.float32),
+            stat_smem=plgpu.SMEM((t.groups, 2, t.rows), jnp.float32),
+        )
+    return types | unit.scratch(t.groups, t.block, p.H)
+
+
+def shared_bytes(problem: Problem, tiling: Tiling, unit: Any) -> int:
+    """Shared memory of a block of threads; at least what the compiler will find."""
+    total = 4096  # barriers, and the compiler's own room for reductions
+    for ref in scratch_types(problem, tiling, unit).values():
+        if getattr(ref, "memory_space", None) == plgpu.SMEM:
+            size = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+            total += -(-size // 1024) * 1024
+    return total
+
+
+def attend(
+    q: Array,
+    pool: Pool,
+    page_table_BM: Array,
+    work: Array,
+    count: Array,
+    sinks: Array | None,
+    *,
+    problem: Problem,
+    tiling: Tiling,
+    unit: Any,
+    multiprocessors: int,
+) -> list[Array]:
+    """Attention of the first `count[0]` items of `work` `[items, 6]`.
+
+    q: if split `[T, K, padded G, H]`, else `[items, K, groups, rows, H]`, a tile's (token, head)
+        pairs end to end.  sinks: `[K, rows]`, in base 2; not if split.
+    Returns, if split, parts of results: sums of weighted values `[items, K, groups, padded G, H]`
+    and `[items, K, groups, 2, rows]`, the maxima (base 2) that the weights are relative to and the
+    sums of the weights, all float32; else results `[items, K, groups, rows, H]`, bfloat16.
+    """
+    p, t = problem, tiling
+    # A page in pieces of at most a block: the copy engine takes whole pieces.
     piece = min(t.block, p.S)
-    flat = lambda x: x.reshape(P * p.K * (p.S // piece), piece, *x.shape[3:])
-    k, v = flat(pool.k_PKSH), flat(pool.v_PKSH)
-    quantized = pool.k_scale_PKS is not None
-    scales = [flat(pool.k_scale_PKS), flat(pool.v_scale_PKS)] if quantized else []
-    capacity = work.shape[0]
+    inputs = dict(q=q, k=pool.k_PKSH, v=pool.v_PKSH)
+    if p.quantized:
+        inputs |= dict(k_scale=pool.k_scale_PKS, v_scale=pool.v_scale_PKS)
+    for name in set(inputs) - {"q"}:
+        pages = inputs[name]
+        inputs[name] = pages.reshape(-1, piece, *pages.shape[3:])
+    inputs |= dict(table=page_table_BM, work=work, count=count)
+    if sinks is not None:
+        inputs |= dict(sinks=sinks)
+    lead = (work.shape[0], p.K, t.groups)
     if t.split:
         out_type = [
-            jax.ShapeDtypeStruct((capacity, p.K, COMPUTE, p.padded, p.H), jnp.float32),
-            jax.ShapeDtypeStruct((capacity, p.K, COMPUTE, 2, t.rows), jnp.float32),
+            jax.ShapeDtypeStruct((*lead, p.padded, p.H), jnp.float32),
+            jax.ShapeDtypeStruct((*lead, 2, t.rows), jnp.float32),
         ]
     else:
-        out_type = [jax.ShapeDtypeStruct((capacity, p.K, COMPUTE, t.rows, p.H), jnp.bfloat16)]
-    width = k.shape[-1]
-    stored = k.dtype
-    cols = _cols(p.H)
-    scratch = dict(
-        q_smem=tiled((COMPUTE, t.rows, p.H), jnp.bfloat16, width if stored == jnp.uint8 else p.H),
-        k_smem=tiled((t.stages, t.block, width), stored, width),
-        v_smem=tiled((t.stages, t.block, width), stored, width),
-        full=plgpu.Barrier(num_arrivals=(4 if quantized else 2) * (t.block // min(t.block, p.S)), num_barriers=t.stages),
-        free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=t.stages),
-        q_full=plgpu.Barrier(num_barriers=COMPUTE),
-    )
-    if quantized:
-        scratch |= dict(
-            ks_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
-            vs_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
-            wide_smem=tiled((COMPUTE, t.block, p.H), jnp.bfloat16, width if stored == jnp.uint8 else p.H),
-        )
-    if t.split:
-        scratch |= dict(
-            acc_smem=tiled((COMPUTE, t.rows, cols), jnp.float32, cols),
-            stat_smem=plgpu.SMEM((COMPUTE, 2, t.rows), jnp.float32),
-        )
-    inputs = [q, k, v, *scales, table_BM, work, count] + ([sinks] if sinks is not None else [])
-    names = ["q", "k", "v"] + ["ks", "vs"] * quantized + ["table", "work", "count"] + ["sinks"] * (sinks is not None)
+        out_type = [jax.ShapeDtypeStruct((*lead, t.rows, p.H), jnp.bfloat16)]
 
     def body(*refs, **scratch):
-        ins = dict(zip(names, refs[: len(names)], strict=True))
-        outs = refs[len(names) :]
-        run = _Run(p, t, multiprocessors, quantized, ins, outs, scratch)
+        named = dict(zip(inputs, refs, strict=False))
+        outs = refs[len(inputs) :]
         group = lax.axis_index("warpgroup")
-        pl.when(group == COMPUTE)(run.load)
 
-        @pl.when(group < COMPUTE)
+        @pl.when(group == t.groups)
         def _():
-            run.unit = unit(scratch, group)
-            run.compute(group)
+            _Loader(p, t, multiprocessors, named, scratch).run()
 
+        @pl.when(group < t.groups)
+        def _():
+            matrix_unit = unit(scratch, group)
+            _Computer(p, t, multiprocessors, named, scratch, outs, group, matrix_unit).run()
 
     return plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=scratch,
+        scratch_types=scratch_types(p, t, unit),
         grid=(multiprocessors,),
-        grid_names=("sm",),
-        num_threads=COMPUTE + 1,
+        grid_names=("multiprocessor",),
+        num_threads=t.groups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*inputs)
+    )(*inputs.values())
 
 
-def i32(x):
-    return jnp.asarray(x, jnp.int32)
+def _columns(width: int) -> int:
+    """Columns of a tile that are worked on at once where a whole row would take many registers."""
+    return 64 if width % 64 == 0 else width
 
 
-def div(x, y):
-    return lax.div(i32(x), i32(y))
+def _row_layout(width: int) -> Any:
+    """Registers that hold eight neighbours of a row each: loads and stores of 8 and 16 bytes."""
+    columns = next(n for n in (64, 32, 16) if width % n == 0)
+    rows = 256 // columns
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((4 * rows, columns), (rows, columns), (8,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
 
 
-def rem(x, y):
-    return lax.rem(i32(x), i32(y))
+def _div(x: Any, y: int) -> Array:
+    return lax.div(jnp.asarray(x, jnp.int32), jnp.int32(y))
 
 
-def cdiv(x, y: int):
-    return div(x + (y - 1), y)
+def _rem(x: Any, y: int) -> Array:
+    return lax.rem(jnp.asarray(x, jnp.int32), jnp.int32(y))
+
+
+def _over_columns(x: Array, shape: tuple[int, ...]) -> Array:
+    """A number for each row, beside every column."""
+    return lax.broadcast_in_dim(x, shape, [0])
 
 
 @dataclass
-class _Run:
+class _Worker:
+    """What the warpgroups of a block have in common: the order of the work."""
+
     p: Problem
     t: Tiling
     multiprocessors: int
-    quantized: bool
-    ins: dict[str, Any]
-    outs: Any
+    inputs: dict[str, Any]
     scratch: dict[str, Any]
-    unit: Any = None
 
-    def each_item(self, visit):
-        """visit(item, head, base) -> blocks"""
-        sm = lax.axis_index("sm")
-        total = self.ins["count"][0] * self.p.K
-        rounds = div(total - sm + self.multiprocessors - 1, self.multiprocessors)
+    def each_item(self, visit: Callable[[Array, Array, Array, Array], None]) -> Array:
+        """Call `visit(item, head, number of blocks, blocks before)`; returns all blocks' number."""
+        here, stride = lax.axis_index("multiprocessor"), self.multiprocessors
+        count, work = self.inputs["count"][0], self.inputs["work"]
 
-        def turn(round, base):
-            index = sm + round * self.multiprocessors
-            item, head = div(index, self.p.K), rem(index, self.p.K)
+        def turn(n, before):
+            index = here + n * stride
+            item, head = _div(index, self.p.K), _rem(index, self.p.K)
             if not self.t.split:
-                item = self.ins["count"][0] - 1 - item
-            return base + visit(item, head, base)
+                item = count - 1 - item  # the last tiles of a prompt take longest: they go first
+            blocks = _div(work[item, END] - work[item, BEGIN] + self.t.block - 1, self.t.block)
+            visit(item, head, blocks, before)
+            return before + blocks
 
-        return lax.fori_loop(0, rounds, turn, i32(0))
+        turns = _div(count * self.p.K - here + stride - 1, stride)
+        return lax.fori_loop(0, turns, turn, jnp.int32(0))
 
-    def blocks(self, item):
-        work = self.ins["work"]
-        return cdiv(work[item, END] - work[item, BEGIN], self.t.block)
 
-    def load(self):
+@dataclass
+class _Loader(_Worker):
+    """The warpgroup that fills the ring."""
+
+    def run(self) -> None:
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-        p, t, ins, sc = self.p, self.t, self.ins, self.scratch
-        piece = min(t.block, p.S)
-
-        def visit(item, head, base):
-            row, begin = ins["work"][item, ROW], ins["work"][item, BEGIN]
-            last = div(ins["work"][item, KV_LEN] - 1, p.S)
-            blocks = self.blocks(item)
-
-            def fetch(n, _):
-                at = base + n
-                slot = rem(at, t.stages)
-
-                @pl.when(at >= t.stages)
-                def _():
-                    plgpu.barrier_wait(sc["free"].at[slot])
-
-                for j in range(t.block // piece):
-                    first = begin + n * t.block + j * piece
-                    entry = jnp.minimum(div(first, p.S), last)
-                    page = ins["table"][row, entry] * p.K + head
-                    page = page * (p.S // piece) + div(rem(first, p.S), piece)
-                    to = (slot, pl.ds(j * piece, piece))
-                    barrier = sc["full"].at[slot]
-                    plgpu.copy_gmem_to_smem(ins["k"].at[page], sc["k_smem"].at[to], barrier)
-                    plgpu.copy_gmem_to_smem(ins["v"].at[page], sc["v_smem"].at[to], barrier)
-                    if self.quantized:
-                        plgpu.copy_gmem_to_smem(ins["ks"].at[page], sc["ks_smem"].at[to], barrier)
-                        plgpu.copy_gmem_to_smem(ins["vs"].at[page], sc["vs_smem"].at[to], barrier)
-
-            lax.fori_loop(0, blocks, fetch, None)
-            return blocks
-
-        total = self.each_item(visit)
-        for n in range(t.stages):
+        total = self.each_item(self._load_item)
+        # Await the end of every block: a barrier must not go before what arrives at it.
+        for n in range(self.t.stages):
 
             @pl.when(n < total)
-            def _():
-                plgpu.barrier_wait(sc["free"].at[rem(jnp.maximum(total - t.stages, 0) + n, t.stages)])
+            def _(n=n):
+                slot = _rem(jnp.maximum(total - self.t.stages, 0) + n, self.t.stages)
+                plgpu.barrier_wait(self.scratch["free"].at[slot])
 
-    def compute(self, group):
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        p, t, ins, sc = self.p, self.t, self.ins, self.scratch
-        tokens = p.tokens(t)
-        q_smem = sc["q_smem"].at[group]
+    def _load_item(self, item: Array, head: Array, blocks: Array, before: Array) -> None:
+        p, t, work, scratch = self.p, self.t, self.inputs["work"], self.scratch
+        piece = min(t.block, p.S)
+        row, begin = work[item, ROW], work[item, BEGIN]
+        last = _div(work[item, KV_LEN] - 1, p.S)
 
-        def visit(item, head, base):
-            work = ins["work"]
-            position, kv_len = work[item, POSITION], work[item, KV_LEN]
-            begin, token = work[item, BEGIN], work[item, TOKEN]
-            blocks = self.blocks(item)
-            if not t.split:
-                position += group * tokens
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if t.split:
-                source, target = ins["q"].at[token, head], q_smem.at[pl.ds(0, p.padded)]
-            else:
-                source, target = ins["q"].at[item, head, group], q_smem
-            plgpu.copy_gmem_to_smem(source, target, sc["q_full"].at[group])
-            plgpu.barrier_wait(sc["q_full"].at[group])
-            carry = self.start()
+        def load_block(n, _):
+            slot = _rem(before + n, t.stages)
+            pl.when(before + n >= t.stages)(lambda: plgpu.barrier_wait(scratch["free"].at[slot]))
+            for at in range(0, t.block, piece):
+                first = begin + n * t.block + at
+                # Past the row's end anything will do that has been written or will be masked.
+                page = self.inputs["table"][row, jnp.minimum(_div(first, p.S), last)]
+                source = (page * p.K + head) * (p.S // piece) + _div(_rem(first, p.S), piece)
+                for name in ("k", "v", "k_scale", "v_scale")[: 4 if p.quantized else 2]:
+                    target = scratch[f"{name}_smem"].at[slot, pl.ds(at, piece)]
+                    plgpu.copy_gmem_to_smem(
+                        self.inputs[name].at[source], target, scratch["full"].at[slot]
+                    )
 
-            def skip(n):
-                slot = rem(base + n, t.stages)
-                plgpu.barrier_wait(sc["full"].at[slot])
-                plgpu.barrier_arrive(sc["free"].at[slot])
+        lax.fori_loop(0, blocks, load_block, None)
 
-            def step(n, carry):
-                slot = rem(base + n, t.stages)
-                plgpu.barrier_wait(sc["full"].at[slot])
-                carry = self.fold(carry, group, slot, begin + n * t.block, position, kv_len)
-                plgpu.barrier_arrive(sc["free"].at[slot])
-                return carry
 
-            if t.split:
-                mine = div(blocks - group + 1, 2)
+@dataclass
+class _Computer(_Worker):
+    """A warpgroup that computes."""
 
-                def pair(i, carry):
-                    carry = step(2 * i + group, carry)
-                    other = 2 * i + 1 - group
-                    pl.when(other < blocks)(lambda: skip(other))
-                    return carry
+    outs: tuple[Any, ...]
+    group: Array
+    unit: Any
 
-                carry = lax.fori_loop(0, mine, pair, carry)
-                pl.when((group == 1) & (rem(blocks, 2) == 1))(lambda: skip(blocks - 1))
-                self.store_part(carry, item, head, group)
-            else:
-                end = jnp.minimum(position + tokens, kv_len)
-                mine = jnp.where(position < kv_len, cdiv(end - begin, t.block), 0)
-                carry = lax.fori_loop(0, mine, step, carry)
-                lax.fori_loop(mine, blocks, lambda n, _: skip(n), None)
-                self.store_tile(carry, item, head, group)
-            return blocks
-
-        self.each_item(visit)
+    def run(self) -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS[self.t.groups], action="increase")
+        self.q_ref = self.scratch["q_smem"].at[self.group]
+        self.each_item(self._attend_item)
         plgpu.wait_smem_to_gmem(0)
 
-    def start(self):
-        t, p = self.t, self.p
-        row = self.unit.LAYOUT.reduce(1)
-        peak = plgpu.layout_cast(jnp.full((t.rows,), FLOOR, jnp.float32), row)
-        total = plgpu.layout_cast(jnp.full((t.rows,), 0.0, jnp.float32), row)
-        acc = plgpu.layout_cast(jnp.full((t.rows, p.H), 0.0, jnp.float32), self.unit.LAYOUT)
-        return acc, peak, total
+    def _attend_item(self, item: Array, head: Array, blocks: Array, before: Array) -> None:
+        p, t, work = self.p, self.t, self.inputs["work"]
+        self.position, self.kv_len = work[item, POSITION], work[item, KV_LEN]
+        begin = work[item, BEGIN]
+        self._load_queries(item, head)
 
-    def operand(self, ref, group):
-        """Keys or values as the matrix unit takes them."""
-        if not self.quantized:
-            return ref
-        wide = self.scratch["wide_smem"].at[group]
-        if ref.dtype == jnp.uint8:
-            half = self.p.H // 2
-            packed = ref[...]
-            low = lax.bitcast_convert_type((packed & 15) ^ 8, jnp.int8)
-            high = lax.bitcast_convert_type(packed & 240, jnp.int8)
-            wide[:, :half] = low.astype(jnp.bfloat16) - 8
-            wide[:, half:] = high.astype(jnp.bfloat16) * 0.0625
-        elif ref.dtype == jnp.int8:
-            wide[...] = ref[...].astype(jnp.bfloat16)
+        def pass_by(n, _):
+            slot = _rem(before + n, t.stages)
+            plgpu.barrier_wait(self.scratch["full"].at[slot])
+            plgpu.barrier_arrive(self.scratch["free"].at[slot])
+
+        def take(n, carry):
+            slot = _rem(before + n, t.stages)
+            plgpu.barrier_wait(self.scratch["full"].at[slot])
+            carry = self._fold(carry, slot, begin + n * t.block)
+            plgpu.barrier_arrive(self.scratch["free"].at[slot])
+            return carry
+
+        def take_turn(n, carry):
+            first, mine = n * t.groups, n * t.groups + self.group
+            lax.fori_loop(first, mine, pass_by, None)
+            carry = take(mine, carry)
+            lax.fori_loop(mine + 1, jnp.minimum(first + t.groups, blocks), pass_by, None)
+            return carry
+
+        # Every warpgroup sees every block arrive and go, also those that are not its own.
+        if t.split:
+            turns = _div(blocks - self.group + t.groups - 1, t.groups)
+            carry = lax.fori_loop(0, turns, take_turn, self._start())
+            lax.fori_loop(turns * t.groups, blocks, pass_by, None)
+            self._store_part(carry, item, head)
         else:
-            wide[...] = ref[...].astype(jnp.float32).astype(jnp.bfloat16)
+            self.position += self.group * t.tokens(p)
+            end = jnp.minimum(self.position + t.tokens(p), self.kv_len)
+            mine = _div(end - begin + t.block - 1, t.block)
+            mine = jnp.where(self.position < self.kv_len, mine, 0)
+            carry = lax.fori_loop(0, mine, take, self._start())
+            lax.fori_loop(mine, blocks, pass_by, None)
+            self._store_result(carry, item, head)
+
+    def _load_queries(self, item: Array, head: Array) -> None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results leave from there
+        arrived = self.scratch["q_full"].at[self.group]
+        if self.t.split:
+            source = self.inputs["q"].at[self.inputs["work"][item, TOKEN], head]
+            plgpu.copy_gmem_to_smem(source, self.q_ref.at[pl.ds(0, self.p.padded)], arrived)
+        else:
+            source = self.inputs["q"].at[item, head, self.group]
+            plgpu.copy_gmem_to_smem(source, self.q_ref, arrived)
+        plgpu.barrier_wait(arrived)
+
+    def _full(self, value: float, *shape: int) -> Array:
+        layout = self.unit.LAYOUT if len(shape) == 2 else self.unit.LAYOUT.reduce(1)
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    def _start(self) -> tuple[Array, Array, Array]:
+        """Weighted values, maxima in base 2, sums of weights: nothing seen yet."""
+        rows = self.t.rows
+        return self._full(0, rows, self.p.H), self._full(FLOOR, rows), self._full(0, rows)
+
+    def _fold(self, carry, slot: Array, start: Array):
+        """Fold the block in `slot`, whose first position is `start`, into an online softmax."""
+        p, scratch = self.p, self.scratch
+        acc, peak, total = carry
+        scores = self.unit.scores(self.q_ref, self._operand(scratch["k_smem"].at[slot]))
+        column = self.unit.LAYOUT.reduce(0)
+        # Scores times `factor` are in base 2: the multiplication fuses with the subtraction below.
+        factor = p.scale * (LOG2E if p.soft_cap is None else 1)
+        if p.quantized:
+            scale = plgpu.load(scratch["k_scale_smem"].at[slot], layout=column) * factor
+            scores, factor = scores * lax.broadcast_in_dim(scale, scores.shape, [1]), 1
+        if p.soft_cap is not None:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1); the chip's own tanh is good to three digits only.
+            power = jnp.exp2(scores * (factor * 2 * LOG2E / p.soft_cap))
+            scores, factor = p.soft_cap * LOG2E * (1 - 2 / (power + 1)), 1
+        scores = self._mask(scores, start)
+        new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
+        shrink = jnp.exp2(peak - new_peak)
+        weights = jnp.exp2(scores * factor - _over_columns(new_peak, scores.shape))
+        total = total * shrink + weights.sum(axis=1)
+        written = self.kv_len - start
+        if p.quantized:
+            scale = plgpu.load(scratch["v_scale_smem"].at[slot], layout=column)
+            at = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=column)
+            scale = jnp.where(at < written, scale, 0.0)  # an unwritten scale may be NaN
+            weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
+        acc = acc * _over_columns(shrink, acc.shape)
+        v_ref = self._operand(scratch["v_smem"].at[slot])
+        pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
+        return self.unit.weigh(acc, weights.astype(jnp.bfloat16), v_ref), new_peak, total
+
+    def _operand(self, ref: Any) -> Any:
+        """Keys or values as the matrix unit takes them: bfloat16, before their scales."""
+        p = self.p
+        if not p.quantized:
+            return ref
+        wide = self.scratch["wide_smem"].at[self.group]
+        step = 128 if p.width % 128 == 0 else p.width
+        for at in range(0, p.width, step):
+            columns = pl.ds(at, step)
+            stored = plgpu.load(ref.at[:, columns], layout=_row_layout(step))
+            if p.stored == "uint8":
+                # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
+                low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
+                high = lax.bitcast_convert_type(stored & 240, jnp.int8)
+                wide[:, columns] = low.astype(jnp.bfloat16) - 8
+                wide[:, pl.ds(p.width + at, step)] = high.astype(jnp.bfloat16) * 0.0625
+            elif p.stored == "int8":
+                wide[:, columns] = stored.astype(jnp.bfloat16)
+            else:  # there is no instruction from 8-bit floats to bfloat16
+                wide[:, columns] = stored.astype(jnp.float32).astype(jnp.bfloat16)
         plgpu.commit_smem()
         return wide
 
-    def fold(self, carry, group, slot, start, position, kv_len):
-        p, t, sc = self.p, self.t, self.scratch
-        acc, peak, total = carry
-        shape = (t.rows, t.block)
-        k_ref = self.operand(sc["k_smem"].at[slot], group)
+    def _clear(self, v_ref: Any, written: Array) -> None:
+        """Zero the slots that nobody may see: a NaN would survive its zero weight.
 
-        s = self.unit.scores(sc["q_smem"].at[group], k_ref)
-        column = self.unit.LAYOUT.reduce(0)
-        if self.quantized:
-            ks = plgpu.load(sc["ks_smem"].at[slot], layout=column)
-            s = s * lax.broadcast_in_dim(ks * (p.scale * (1 if p.soft_cap else LOG2E)), shape, [1])
-        else:
-            s = s * (p.scale * (1 if p.soft_cap else LOG2E))
-        if p.soft_cap is not None:
-            bend = jnp.exp2(s * (2 * LOG2E / p.soft_cap))
-            s = (p.soft_cap * LOG2E) - (2 * p.soft_cap * LOG2E) / (bend + 1)
-        s = self.mask(s, start, position, kv_len)
-        new_peak = jnp.maximum(peak, s.max(axis=1))
-        shrink = jnp.exp2(peak - new_peak)
-        w = jnp.exp2(s - lax.broadcast_in_dim(new_peak, shape, [0]))
-        total = total * shrink + w.sum(axis=1)
-        if self.quantized:
-            vs = plgpu.load(sc["vs_smem"].at[slot], layout=column)
-            at = plgpu.broadcasted_iota(jnp.int32, (t.block,), 0, layout=column)
-            vs = jnp.where(at < kv_len - start, vs, 0.0)
-            w = w * lax.broadcast_in_dim(vs, shape, [1])
-        w = w.astype(jnp.bfloat16)
-        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-        v_ref = self.operand(sc["v_smem"].at[slot], group)
+        Warpgroups that share the block all do so; what they write is the same."""
+        step = _columns(self.p.width)
+        for at in range(0, self.p.H, step):
+            piece = v_ref.at[:, pl.ds(at, step)]
+            value = plgpu.load(piece, layout=_row_layout(step))
+            slot = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=_row_layout(step))
+            piece[...] = jnp.where(slot < written, value, 0)
+        plgpu.commit_smem()
 
-        @pl.when(start + t.block > kv_len)
-        def _():
-            v = v_ref[...]
-            at = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=self.unit.LAYOUT)
-            v_ref[...] = jnp.where(at < kv_len - start, v, 0)
-            plgpu.commit_smem()
-
-        return self.unit.weigh(acc, w, v_ref), new_peak, total
-
-    def mask(self, s, start, position, kv_len):
+    def _mask(self, scores: Array, start: Array) -> Array:
         p, t = self.p, self.t
-        tokens = p.tokens(t)
-        last = jnp.minimum(position + tokens, kv_len) - 1
-        inner = start + t.block <= jnp.minimum(position, last) + 1
+        last = jnp.minimum(self.position + t.tokens(p), self.kv_len) - 1
+        all_seen = start + t.block <= jnp.minimum(self.position, last) + 1
         if p.window is not None:
-            inner &= start > last - p.window
+            all_seen &= start > last - p.window
 
-        def hide(s):
-            row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=self.unit.LAYOUT)
-            col = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=self.unit.LAYOUT)
-            limit = jnp.minimum(position + lax.div(row, jnp.int32(p.G)), last) - start
-            seen = col <= limit
+        def hide(scores):
+            row, column = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=self.unit.LAYOUT)
+                for axis in (0, 1)
+            )
+            limit = jnp.minimum(self.position + _div(row, p.G), last) - start
+            seen = column <= limit
             if p.window is not None:
-                seen &= col > limit - p.window
-            return jnp.where(seen, s, -jnp.inf)
+                seen &= column > limit - p.window
+            return jnp.where(seen, scores, -jnp.inf)
 
-        return lax.cond(inner, lambda s: s, hide, s)
+        return lax.cond(all_seen, lambda scores: scores, hide, scores)
 
-    def store_tile(self, carry, item, head, group):
+    def _store_result(self, carry, item: Array, head: Array) -> None:
         acc, peak, total = carry
-        if "sinks" in self.ins:
-            sink = plgpu.load(self.ins["sinks"].at[head], layout=self.unit.LAYOUT.reduce(1), optimized=False)
+        if "sinks" in self.inputs:
+            row = self.unit.LAYOUT.reduce(1)
+            sink = plgpu.load(self.inputs["sinks"].at[head], layout=row, optimized=False)
             new_peak = jnp.maximum(peak, sink)
             shrink = jnp.exp2(peak - new_peak)
             total = total * shrink + jnp.exp2(sink - new_peak)
-            acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+            acc = acc * _over_columns(shrink, acc.shape)
         total = jnp.where(total == 0, 1.0, total)
-        out = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
-        q_smem = self.scratch["q_smem"].at[group]
-        q_smem[...] = out.astype(jnp.bfloat16)
+        self.q_ref[...] = (acc * _over_columns(1 / total, acc.shape)).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem, self.outs[0].at[item, head, group])
+        plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[item, head, self.group])
 
-    def store_part(self, carry, item, head, group):
+    def _store_part(self, carry, item: Array, head: Array) -> None:
         acc, peak, total = carry
-        p = self.p
-        stat = self.scratch["stat_smem"].at[group]
-        stat[0] = peak
-        stat[1] = total
-        acc_smem = self.scratch["acc_smem"].at[group]
-        cols = acc_smem.shape[1]
-        for c in range(0, p.H, cols):
-            if c:
+        stat_ref = self.scratch["stat_smem"].at[self.group]
+        acc_ref = self.scratch["acc_smem"].at[self.group]
+        stat_ref[0], stat_ref[1] = peak, total
+        step = acc_ref.shape[1]
+        for at in range(0, self.p.H, step):
+            if at:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            acc_smem[...] = acc[:, c : c + cols]
+            acc_ref[...] = acc[:, at : at + step]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                acc_smem.at[pl.ds(0, p.padded)],
-                self.outs[0].at[item, head, group, :, pl.ds(c, cols)],
-            )
-        plgpu.copy_smem_to_gmem(stat, self.outs[1].at[item, head, group])
+            target = self.outs[0].at[item, head, self.group, :, pl.ds(at, step)]
+            plgpu.copy_smem_to_gmem(acc_ref.at[pl.ds(0, self.p.padded)], target)
+        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item, head, self.group])

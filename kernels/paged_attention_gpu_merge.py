@@ -15,6 +15,9 @@ LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
 
+# Parts whose loads are in flight together: their latency is what merging costs.
+AT_ONCE = 8
+
 
 def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group: int) -> Array:
     """Softmax-weighted mean of each row's parts, one after the other: `[B, K, G, H]`, bfloat16.
@@ -32,28 +35,41 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
     def body(acc, stat, starts, seed, out):
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
+        first, last = starts[row] * parts, starts[row + 1] * parts
+
         def load(ref, layout):
             return plgpu.load(ref, layout=layout, optimized=False)
 
         def over_columns(x):
             return lax.broadcast_in_dim(x, (padded, width), [0])
 
-        def fold(n, carry):
+        def fold(turn, carry):
             total, peak, values = carry
-            part = (lax.div(n, jnp.int32(parts)), head, lax.rem(n, jnp.int32(parts)))
-            other_peak = load(stat.at[(*part, 0, pl.ds(0, padded))], LAYOUT.reduce(1))
-            other_total = load(stat.at[(*part, 1, pl.ds(0, padded))], LAYOUT.reduce(1))
-            other_values = load(acc.at[part], LAYOUT)
-            new_peak = jnp.maximum(peak, other_peak)
-            mine, other = jnp.exp2(peak - new_peak), jnp.exp2(other_peak - new_peak)
-            values = values * over_columns(mine) + other_values * over_columns(other)
-            return total * mine + other_total * other, new_peak, values
+            found = []
+            for n in range(AT_ONCE):
+                index = first + turn * AT_ONCE + n
+                at = jnp.minimum(index, last - 1)
+                part = (lax.div(at, jnp.int32(parts)), head, lax.rem(at, jnp.int32(parts)))
+                other_peak = load(stat.at[(*part, 0, pl.ds(0, padded))], LAYOUT.reduce(1))
+                other_total = load(stat.at[(*part, 1, pl.ds(0, padded))], LAYOUT.reduce(1))
+                other_peak += jnp.where(index < last, 0.0, 2 * FLOOR)
+                found.append((other_peak, other_total, load(acc.at[part], LAYOUT)))
+            new_peak = peak
+            for other_peak, _, _ in found:
+                new_peak = jnp.maximum(new_peak, other_peak)
+            shrink = jnp.exp2(peak - new_peak)
+            total, values = total * shrink, values * over_columns(shrink)
+            for other_peak, other_total, other_values in found:
+                shrink = jnp.exp2(other_peak - new_peak)
+                total += other_total * shrink
+                values += other_values * over_columns(shrink)
+            return total, new_peak, values
 
         zeros = plgpu.layout_cast(jnp.zeros((padded, width), jnp.float32), LAYOUT)
         peak = load(seed.at[head], LAYOUT.reduce(1))
         total = jnp.where(peak > FLOOR, 1.0, 0.0)
-        span = starts[row] * parts, starts[row + 1] * parts
-        total, _, values = lax.fori_loop(*span, fold, (total, peak, zeros))
+        turns = lax.div(last - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
+        total, _, values = lax.fori_loop(0, turns, fold, (total, peak, zeros))
         total = jnp.where(total == 0, 1.0, total)
         out[row, head] = (values * over_columns(1 / total)).astype(out.dtype)
 
