@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxinfer.kernels import paged_attention_gpu_body as body
-from jaxinfer.kernels.paged_attention_gpu_body import LOG2E, Problem, Tiling
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
 from jaxinfer.kernels.paged_attention_gpu_units import UNITS
+from jaxinfer.kernels.paged_attention_gpu_work import LOG2E, Problem, Tiling
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 from jaxinfer.shapes import dims
@@ -108,8 +108,9 @@ def paged_attention(
     if B == T:
         return single_BKGH
     many_TKGH = _attend_many(q_TKGH, pool, rows, gpu, problem, sinks_KG)
-    token_T = jnp.arange(T)[:, None, None, None]
-    single_TKGH = jnp.pad(single_BKGH, [(0, T - B), (0, 0), (0, 0), (0, 0)])
+    token_T = jnp.arange(T)
+    single_TKGH = single_BKGH[jnp.minimum(token_T, B - 1)]
+    token_T = token_T[:, None, None, None]
     out_TKGH = jnp.where(token_T < rows.num_single, single_TKGH, many_TKGH)
     return jnp.where(token_T < rows.num_tokens, out_TKGH, 0)
 

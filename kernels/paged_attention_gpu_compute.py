@@ -1,0 +1,237 @@
+"""The warpgroups that compute: an online softmax over the blocks of an item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxinfer.kernels.paged_attention_gpu_work import (
+    BEGIN,
+    COMPUTE_REGISTERS,
+    FLOOR,
+    KV_LEN,
+    LOG2E,
+    POSITION,
+    TOKEN,
+    Worker,
+    div,
+    rem,
+)  # fmt: skip
+
+
+def columns_at_once(width: int) -> int:
+    """Columns of a tile that are worked on at once where a whole row would take many registers."""
+    return 64 if width % 64 == 0 else width
+
+
+def _row_layout(width: int) -> Any:
+    """Registers that hold eight neighbours of a row each: loads and stores of 8 and 16 bytes."""
+    columns = next(n for n in (64, 32, 16) if width % n == 0)
+    rows = 256 // columns
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((4 * rows, columns), (rows, columns), (8,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def _over_columns(x: Array, shape: tuple[int, ...]) -> Array:
+    """A number for each row, beside every column."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+@dataclass
+class Computer(Worker):
+    """A warpgroup that computes."""
+
+    outs: tuple[Any, ...]
+    group: Array
+    unit: Any
+
+    def run(self) -> None:
+        plgpu.set_max_registers(COMPUTE_REGISTERS[self.t.groups], action="increase")
+        self.q_ref = self.scratch["q_smem"].at[self.group]
+        self.each_item(self._attend_item)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _attend_item(self, item: Array, head: Array, blocks: Array, before: Array) -> None:
+        p, t, work = self.p, self.t, self.inputs["work"]
+        self.position, self.kv_len = work[item, POSITION], work[item, KV_LEN]
+        begin = work[item, BEGIN]
+        self._load_queries(item, head)
+
+        def pass_by(n, _):
+            slot = rem(before + n, t.stages)
+            plgpu.barrier_wait(self.scratch["full"].at[slot])
+            plgpu.barrier_arrive(self.scratch["free"].at[slot])
+
+        def take(n, carry):
+            slot = rem(before + n, t.stages)
+            plgpu.barrier_wait(self.scratch["full"].at[slot])
+            carry = self._fold(carry, slot, begin + n * t.block)
+            plgpu.barrier_arrive(self.scratch["free"].at[slot])
+            return carry
+
+        def take_turn(n, carry):
+            first, mine = n * t.groups, n * t.groups + self.group
+            lax.fori_loop(first, mine, pass_by, None)
+            carry = take(mine, carry)
+            lax.fori_loop(mine + 1, jnp.minimum(first + t.groups, blocks), pass_by, None)
+            return carry
+
+        # Every warpgroup sees every block arrive and go, also those that are not its own.
+        if t.split:
+            turns = div(blocks - self.group + t.groups - 1, t.groups)
+            carry = lax.fori_loop(0, turns, take_turn, self._start())
+            lax.fori_loop(turns * t.groups, blocks, pass_by, None)
+            self._store_part(carry, item, head)
+        else:
+            self.position += self.group * t.tokens(p)
+            end = jnp.minimum(self.position + t.tokens(p), self.kv_len)
+            mine = div(end - begin + t.block - 1, t.block)
+            mine = jnp.where(self.position < self.kv_len, mine, 0)
+            carry = lax.fori_loop(0, mine, take, self._start())
+            lax.fori_loop(mine, blocks, pass_by, None)
+            self._store_result(carry, item, head)
+
+    def _load_queries(self, item: Array, head: Array) -> None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results leave from there
+        arrived = self.scratch["q_full"].at[self.group]
+        if self.t.split:
+            source = self.inputs["q"].at[self.inputs["work"][item, TOKEN], head]
+            plgpu.copy_gmem_to_smem(source, self.q_ref.at[pl.ds(0, self.p.padded)], arrived)
+        else:
+            source = self.inputs["q"].at[item, head, self.group]
+            plgpu.copy_gmem_to_smem(source, self.q_ref, arrived)
+        plgpu.barrier_wait(arrived)
+
+    def _full(self, value: float, *shape: int) -> Array:
+        layout = self.unit.LAYOUT if len(shape) == 2 else self.unit.LAYOUT.reduce(1)
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    def _start(self) -> tuple[Array, Array, Array]:
+        """Weighted values, maxima in base 2, sums of weights: nothing seen yet."""
+        rows = self.t.rows
+        return self._full(0, rows, self.p.H), self._full(FLOOR, rows), self._full(0, rows)
+
+    def _fold(self, carry, slot: Array, start: Array):
+        """Fold the block in `slot`, whose first position is `start`, into an online softmax."""
+        p, scratch = self.p, self.scratch
+        acc, peak, total = carry
+        scores = self.unit.scores(self.q_ref, self._operand(scratch["k_smem"].at[slot]))
+        column = self.unit.LAYOUT.reduce(0)
+        # Scores times `factor` are in base 2: the multiplication fuses with the subtraction below.
+        factor = p.scale * (LOG2E if p.soft_cap is None else 1)
+        if p.quantized:
+            scale = plgpu.load(scratch["k_scale_smem"].at[slot], layout=column) * factor
+            scores, factor = scores * lax.broadcast_in_dim(scale, scores.shape, [1]), 1
+        if p.soft_cap is not None:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1); the chip's own tanh is good to three digits only.
+            power = jnp.exp2(scores * (factor * 2 * LOG2E / p.soft_cap))
+            scores, factor = p.soft_cap * LOG2E * (1 - 2 / (power + 1)), 1
+        scores = self._mask(scores, start)
+        new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
+        shrink = jnp.exp2(peak - new_peak)
+        weights = jnp.exp2(scores * factor - _over_columns(new_peak, scores.shape))
+        total = total * shrink + weights.sum(axis=1)
+        written = self.kv_len - start
+        if p.quantized:
+            scale = plgpu.load(scratch["v_scale_smem"].at[slot], layout=column)
+            at = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=column)
+            scale = jnp.where(at < written, scale, 0.0)  # an unwritten scale may be NaN
+            weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
+        weights = weights.astype(jnp.bfloat16)
+        acc = acc * _over_columns(shrink, acc.shape)
+        v_ref = self._operand(scratch["v_smem"].at[slot])
+        pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
+        return self.unit.weigh(acc, weights, v_ref), new_peak, total
+
+    def _operand(self, ref: Any) -> Any:
+        """Keys or values as the matrix unit takes them: bfloat16, before their scales."""
+        p = self.p
+        if not p.quantized:
+            return ref
+        wide = self.scratch["wide_smem"].at[self.group]
+        step = columns_at_once(p.width)
+        for at in range(0, p.width, step):
+            columns = pl.ds(at, step)
+            stored = plgpu.load(ref.at[:, columns], layout=_row_layout(step))
+            if p.stored == "uint8":
+                # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
+                low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
+                high = lax.bitcast_convert_type(stored & 240, jnp.int8)
+                wide[:, columns] = low.astype(jnp.bfloat16) - 8
+                wide[:, pl.ds(p.width + at, step)] = high.astype(jnp.bfloat16) * 0.0625
+            elif p.stored == "int8":
+                wide[:, columns] = stored.astype(jnp.bfloat16)
+            else:  # there is no instruction from 8-bit floats to bfloat16
+                wide[:, columns] = stored.astype(jnp.float32).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        return wide
+
+    def _clear(self, v_ref: Any, written: Array) -> None:
+        """Zero the slots that nobody may see: a NaN would survive its zero weight.
+
+        Warpgroups that share the block all do so; what they write is the same."""
+        step = columns_at_once(self.p.width)
+        for at in range(0, self.p.H, step):
+            piece = v_ref.at[:, pl.ds(at, step)]
+            value = plgpu.load(piece, layout=_row_layout(step))
+            slot = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=_row_layout(step))
+            piece[...] = jnp.where(slot < written, value, 0)
+        plgpu.commit_smem()
+
+    def _mask(self, scores: Array, start: Array) -> Array:
+        p, t = self.p, self.t
+        last = jnp.minimum(self.position + t.tokens(p), self.kv_len) - 1
+        all_seen = start + t.block <= jnp.minimum(self.position, last) + 1
+        if p.window is not None:
+            all_seen &= start > last - p.window
+
+        def hide(scores):
+            row, column = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=self.unit.LAYOUT)
+                for axis in (0, 1)
+            )
+            limit = jnp.minimum(self.position + div(row, p.G), last) - start
+            seen = column <= limit
+            if p.window is not None:
+                seen &= column > limit - p.window
+            return jnp.where(seen, scores, -jnp.inf)
+
+        return lax.cond(all_seen, lambda scores: scores, hide, scores)
+
+    def _store_result(self, carry, item: Array, head: Array) -> None:
+        acc, peak, total = carry
+        if "sinks" in self.inputs:
+            row = self.unit.LAYOUT.reduce(1)
+            sink = plgpu.load(self.inputs["sinks"].at[head], layout=row, optimized=False)
+            new_peak = jnp.maximum(peak, sink)
+            shrink = jnp.exp2(peak - new_peak)
+            total = total * shrink + jnp.exp2(sink - new_peak)
+            acc = acc * _over_columns(shrink, acc.shape)
+        total = jnp.where(total == 0, 1.0, total)
+        self.q_ref[...] = (acc * _over_columns(1 / total, acc.shape)).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[item, head, self.group])
+
+    def _store_part(self, carry, item: Array, head: Array) -> None:
+        acc, peak, total = carry
+        stat_ref = self.scratch["stat_smem"].at[self.group]
+        acc_ref = self.scratch["acc_smem"].at[self.group]
+        stat_ref[0], stat_ref[1] = peak, total
+        step = acc_ref.shape[1]
+        for at in range(0, self.p.H, step):
+            if at:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            acc_ref[...] = acc[:, at : at + step]
+            plgpu.commit_smem()
+            target = self.outs[0].at[item, head, self.group, :, pl.ds(at, step)]
+            plgpu.copy_smem_to_gmem(acc_ref.at[pl.ds(0, self.p.padded)], target)
+        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item, head, self.group])
