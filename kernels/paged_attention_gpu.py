@@ -104,6 +104,9 @@ def paged_attention(
     problem = Problem(K, G, H, S, stored, scale, window, soft_cap)
     if sinks_KG is not None:
         sinks_KG = sinks_KG.astype(jnp.float32) * LOG2E
+    if problem.operand == "float16":
+        largest = float(jnp.finfo(jnp.float16).max)
+        q_TKGH = jnp.clip(q_TKGH, -largest, largest).astype(jnp.float16)
     single_BKGH = _attend_single(q_TKGH, pool, rows, gpu, problem, sinks_KG)
     if B == T:
         return single_BKGH
@@ -150,8 +153,8 @@ def _attend_single(
     capacity = B + min(pool.shape[0], B * M) * problem.S // SHORTEST_PART
     longest = max(M * problem.S // SHORTEST_PART, 1)
     factors = 2 ** jnp.arange(longest.bit_length() + 1)[:, None]
-    fits = jnp.sum(-(-span_B // (part_B * factors)), axis=1) <= capacity
-    part_B = part_B * factors[jnp.argmax(fits)]
+    fits = jnp.sum(-(-span_B[None] // (part_B[None] * factors)), axis=1) <= capacity
+    part_B *= factors[jnp.argmax(fits), 0]
     row_I, index_I, starts, count = _items(-(-span_B // part_B), capacity)
     begin_I = begin_B[row_I] + index_I * part_B[row_I]
     kv_len_I = kv_lens_B[row_I]
@@ -199,4 +202,4 @@ def _attend_many(
     out = out[..., : each * G, :].reshape(*out.shape[:3], each, G, H).transpose(0, 2, 3, 1, 4, 5)
     offset_T = jnp.arange(T) - rows.query_starts_B[rows.rows_T]
     item_T = starts[rows.rows_T] + offset_T // step
-    return out[item_T, offset_T % step // each, offset_T % each]
+    return out[item_T, offset_T % step // each, offset_T % each].astype(jnp.bfloat16)

@@ -28,11 +28,11 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
     p, t = problem, tiling
     # Both operands of a product must be swizzled alike, and the halves of packed numbers are
     # written one by one.
-    operand = p.width if p.stored == "uint8" else p.H
+    swizzled = p.width if p.stored == "uint8" else p.H
     ring = columns_at_once(p.width) if p.quantized else p.width  # converted piece by piece
     copies = (4 if p.quantized else 2) * (t.block // min(t.block, p.S))
     types = dict(
-        q_smem=tiled((t.groups, t.rows, p.H), jnp.bfloat16, operand),
+        q_smem=tiled((t.groups, t.rows, p.H), p.operand, swizzled),
         k_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         v_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
@@ -43,14 +43,14 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
         types |= dict(
             k_scale_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
             v_scale_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
-            wide_smem=tiled((t.groups, t.block, p.H), jnp.bfloat16, operand),
+            wide_smem=tiled((t.groups, t.block, p.H), p.operand, swizzled),
         )
     if t.split:
         types |= dict(
             acc_smem=tiled((t.groups, t.rows, columns_at_once(p.H)), jnp.float32),
             stat_smem=plgpu.SMEM((t.groups, 2, t.rows), jnp.float32),
         )
-    return types | unit.scratch(t.groups, t.block, p.H)
+    return types | unit.scratch(t.groups, t.block, p.H, p.operand)
 
 
 def shared_bytes(problem: Problem, tiling: Tiling, unit: Any) -> int:
@@ -78,11 +78,11 @@ def attend(
 ) -> list[Array]:
     """Attention of the first `count[0]` items of `work` `[items, 6]`.
 
-    q: if split `[T, K, padded G, H]`, else `[items, K, groups, rows, H]`, a tile's (token, head)
-        pairs end to end.  sinks: `[K, rows]`, in base 2; not if split.
+    q: of dtype `problem.operand`; if split `[T, K, padded G, H]`, else `[items, K, groups, rows,
+        H]`, a tile's (token, head) pairs end to end.  sinks: `[K, rows]`, in base 2; not if split.
     Returns, if split, parts of results: sums of weighted values `[items, K, groups, padded G, H]`
     and `[items, K, groups, 2, rows]`, the maxima (base 2) that the weights are relative to and the
-    sums of the weights, all float32; else results `[items, K, groups, rows, H]`, bfloat16.
+    sums of the weights, all float32; else results `[items, K, groups, rows, H]` in q's dtype.
     """
     p, t = problem, tiling
     # A page in pieces of at most a block: the copy engine takes whole pieces.
@@ -103,7 +103,7 @@ def attend(
             jax.ShapeDtypeStruct((*lead, 2, t.rows), jnp.float32),
         ]
     else:
-        out_type = [jax.ShapeDtypeStruct((*lead, t.rows, p.H), jnp.bfloat16)]
+        out_type = [jax.ShapeDtypeStruct((*lead, t.rows, p.H), p.operand)]
 
     def body(*refs, **scratch):
         named = dict(zip(inputs, refs, strict=False))

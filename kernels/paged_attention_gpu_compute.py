@@ -144,16 +144,16 @@ class Computer(Worker):
         if p.quantized:
             scale = plgpu.load(scratch["v_scale_smem"].at[slot], layout=column)
             at = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=column)
-            scale = jnp.where(at < written, scale, 0.0)  # an unwritten scale may be NaN
+            scale = jnp.where(at < written, scale * p.lift, 0.0)  # an unwritten scale may be NaN
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
-        weights = weights.astype(jnp.bfloat16)
+        weights = weights.astype(p.operand)
         acc = acc * _over_columns(shrink, acc.shape)
         v_ref = self._operand(scratch["v_smem"].at[slot])
         pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
         return self.unit.weigh(acc, weights, v_ref), new_peak, total
 
     def _operand(self, ref: Any) -> Any:
-        """Keys or values as the matrix unit takes them: bfloat16, before their scales."""
+        """Keys or values as the matrix unit takes them, before their scales."""
         p = self.p
         if not p.quantized:
             return ref
@@ -170,8 +170,8 @@ class Computer(Worker):
                 wide[:, pl.ds(p.width + at, step)] = high.astype(jnp.bfloat16) * 0.0625
             elif p.stored == "int8":
                 wide[:, columns] = stored.astype(jnp.bfloat16)
-            else:  # there is no instruction from 8-bit floats to bfloat16
-                wide[:, columns] = stored.astype(jnp.float32).astype(jnp.bfloat16)
+            else:
+                wide[:, columns] = stored.astype(p.operand)
         plgpu.commit_smem()
         return wide
 
@@ -217,7 +217,8 @@ class Computer(Worker):
             total = total * shrink + jnp.exp2(sink - new_peak)
             acc = acc * _over_columns(shrink, acc.shape)
         total = jnp.where(total == 0, 1.0, total)
-        self.q_ref[...] = (acc * _over_columns(1 / total, acc.shape)).astype(jnp.bfloat16)
+        out = acc * _over_columns(1 / (total * self.p.lift), acc.shape)
+        self.q_ref[...] = out.astype(self.p.operand)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[item, head, self.group])
 
@@ -230,7 +231,7 @@ class Computer(Worker):
         for at in range(0, self.p.H, step):
             if at:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            acc_ref[...] = acc[:, at : at + step]
+            acc_ref[...] = acc[:, at : at + step] * (1 / self.p.lift)
             plgpu.commit_smem()
             target = self.outs[0].at[item, head, self.group, :, pl.ds(at, step)]
             plgpu.copy_smem_to_gmem(acc_ref.at[pl.ds(0, self.p.padded)], target)

@@ -33,7 +33,7 @@ class Wgmma:
     WIDEST: ClassVar[int] = 256
 
     @staticmethod
-    def scratch(groups: int, block: int, width: int) -> dict[str, Any]:
+    def scratch(groups: int, block: int, width: int, dtype: str) -> dict[str, Any]:
         """Memory that the unit needs beside its operands."""
         return {}
 
@@ -66,11 +66,11 @@ class Tcgen05:
     WIDEST: ClassVar[int] = 128  # the accumulator of a wider head does not fit into registers
 
     @staticmethod
-    def scratch(groups: int, block: int, width: int) -> dict[str, Any]:
+    def scratch(groups: int, block: int, width: int, dtype: str) -> dict[str, Any]:
         return dict(
             scores_tmem=plgpu.TMEM((128, groups * block), jnp.float32),
             values_tmem=plgpu.TMEM((128, groups * width), jnp.float32),
-            weights_smem=tiled((groups, 128, block), jnp.bfloat16),
+            weights_smem=tiled((groups, 128, block), dtype),
             product=plgpu.Barrier(num_barriers=groups, orders_tensor_core=True),
         )
 
