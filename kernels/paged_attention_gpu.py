@@ -25,8 +25,10 @@ from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 from jaxinfer.shapes import dims
 
-# Parts of a context: long enough that merging costs little, few enough to be merged quickly.
-SHORTEST_PART, MOST_PARTS = 1024, 64
+# Slots of a part of a context: so many that merging costs little.
+SHORTEST_PART = 1024
+# Computing warpgroups; three of them were slower on H100, also where pages must be converted.
+GROUPS = 2
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,13 @@ def why_not(gpu: Gpu, q_TKGH: Array, pool: Pool) -> str | None:
 def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
     """Tile and ring for a chip's shared memory.
 
-    Decoding waits for memory: many small blocks on their way, and where pages must be converted
-    first, a third warpgroup to do it.  Prompts wait for products: blocks as large as fit.
+    Decoding waits for memory: small blocks, many of them on their way.  Prompts wait for products:
+    blocks as large as registers hold.
     """
     unit = UNITS[gpu.capability[0]]
-    groups = 3 if split and problem.quantized and problem.H <= 128 and unit.ROWS == 64 else 2
     block = 128 if not split and problem.H <= 128 and unit.ROWS == 64 else 64
     for stages in range(6, 0, -1):
-        tiling = Tiling(split, unit.ROWS, groups, block, stages)
+        tiling = Tiling(split, unit.ROWS, GROUPS, block, stages)
         if body.shared_bytes(problem, tiling, unit) <= gpu.shared_bytes:
             return tiling
     raise ValueError(f"shared_bytes={gpu.shared_bytes} are too few for heads of {problem.H}")
@@ -146,7 +147,9 @@ def _attend_single(
     kv_lens_B = jnp.where(jnp.arange(B) < rows.num_single, rows.kv_lens_B, 0)
     begin_B = _begin(kv_lens_B - 1, problem, tiling)
     span_B = kv_lens_B - begin_B
-    part_B = -(-span_B // (MOST_PARTS * tiling.block)) * tiling.block
+    # A long row alone should keep the chip busy for two rounds, but its parts are merged in line.
+    most = min(max(2 * gpu.multiprocessors // problem.K, 16), 64)
+    part_B = -(-span_B // (most * tiling.block)) * tiling.block
     part_B = jnp.maximum(part_B, SHORTEST_PART)
     # Room for every page of the pool once.  Only rows that share many pages need more: the parts
     # of all rows are then doubled until they fit.

@@ -55,7 +55,7 @@ class Computer(Worker):
     unit: Any
 
     def run(self) -> None:
-        plgpu.set_max_registers(COMPUTE_REGISTERS[self.t.groups], action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         self.q_ref = self.scratch["q_smem"].at[self.group]
         self.each_item(self._attend_item)
         plgpu.wait_smem_to_gmem(0)

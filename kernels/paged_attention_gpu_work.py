@@ -17,9 +17,8 @@ from jaxinfer.kernels.write_pages import LARGEST
 LOG2E = math.log2(math.e)
 # Below every score, and finite: differences of maxima are never NaN.
 FLOOR = -1e30
-# Registers of a thread that loads, and of one that computes, by the number of computing warpgroups;
-# all threads together may have 64 Ki.
-LOAD_REGISTERS, COMPUTE_REGISTERS = 24, {1: 240, 2: 240, 3: 160}
+# Registers of a thread of the loading warpgroup and of two computing ones; 128 of each have 64 Ki.
+LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
 
 # Columns of the table of work: the row; where the tile's queries lie (rows of one token only) and
 # the position of the first; the row's length; the slots to visit.

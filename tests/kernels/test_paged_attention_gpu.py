@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxinfer.kernels import paged_attention_gpu as attention
 from jaxinfer.kernels import paged_attention_gpu_units as units
+from jaxinfer.kernels.paged_attention_gpu_work import Problem
 
 SCALE = 0.2
 # Queries, weights and results are bfloat16: 2^-9 each of values of a few.
@@ -44,11 +45,6 @@ def interpreter(monkeypatch):
         yield
 
 
-def refusal(case: cases.Case, gpu: attention.Gpu) -> str | None:
-    q_TKGH, pool, _ = cases.abstract(case)
-    return attention.why_not(gpu, q_TKGH, pool)
-
-
 def check(case: cases.Case, gpu: attention.Gpu) -> None:
     batch = Batch.of(case, SCALE)
 
@@ -65,13 +61,74 @@ def check(case: cases.Case, gpu: attention.Gpu) -> None:
     assert np.isfinite(out).all(), "padding must come out finite"
 
 
-@pytest.mark.parametrize("name", [n for n, c in cases.SMALL.items() if not refusal(c, HOPPER)])
+# Every value of every column of the list that these kernels take; each costs seconds.
+HERE = (
+    "decode-3x4x64-page64-uint8-cap-sinks",
+    "decode-2x8x96-page128-float8_e4m3fn-window40-cap-sinks",
+    "tokens-2x7x80-page128-int8-window5-sinks",
+    "chunk-3x1x128-page16-bfloat16-window40-cap-sinks",
+    "prefill-2x7x256-page64-uint8-window5-cap-sinks",
+    "mixed-2x8x64-page32-bfloat16-window5-cap-sinks",
+    "mixed-2x4x256-page128-float8_e5m2-window40",
+    "nothing-2x4x64-page16-bfloat16",
+)
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_hopper_matches_a_plain_softmax(name):
     check(cases.SMALL[name], HOPPER)
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed-2x8x64-page32-bfloat16-window5-cap-sinks", "chunk-1x4x80-page32-float8_e4m3fn"]
+    "name", ["chunk-1x4x80-page32-float8_e4m3fn", "tokens-1x4x96-page64-bfloat16-cap-sinks"]
 )
 def test_blackwell_matches_a_plain_softmax(name):
     check(cases.SMALL[name], BLACKWELL)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_chips_without_the_matrix_units_are_refused(capability):
+    """Lowering for them would end the process."""
+    q_TKGH, pool, _ = cases.abstract(cases.SMALL["decode-3x1x256-page128-bfloat16"])
+    assert attention.why_not(HOPPER, q_TKGH, pool) is None
+    refusal = attention.why_not(replace(HOPPER, capability=capability), q_TKGH, pool)
+    assert refusal is not None
+    assert str(capability) in refusal
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("decode-2x7x80-page64-float32-window40-cap-sinks", "queries are float32"),
+        ("decode-2x1x80-page16-uint8-window5-cap-sinks", "40 bytes"),
+        ("tokens-2x8x128-page16-float8_e5m2-window40", "page size 16"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_reason(name, reason):
+    q_TKGH, pool, _ = cases.abstract(cases.SMALL[name])
+    assert reason in attention.why_not(HOPPER, q_TKGH, pool)
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, BLACKWELL])
+def test_a_ring_fits_wherever_nothing_is_refused(gpu):
+    for case in (cases.SMALL | cases.REAL).values():
+        q_TKGH, pool, _ = cases.abstract(case)
+        if attention.why_not(gpu, q_TKGH, pool):
+            continue
+        problem = Problem(case.K, case.G, case.H, case.S, case.stored, SCALE, None, None)
+        for split in (True, False):
+            assert attention.choose_tiling(gpu, problem, split=split).stages > 1
+
+
+def test_a_row_does_not_depend_on_its_company():
+    """A part's bounds are its row's own affair: the same bits alone and among others."""
+    case = replace(cases.SMALL["decode-3x1x256-page128-bfloat16"], K=1, H=64, S=32)
+    batch = Batch.of(case, SCALE)
+
+    def attend(rows):
+        return attention.paged_attention(batch.q, batch.after, rows, gpu=HOPPER, scale=SCALE)
+
+    quick = jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0})
+    together = np.asarray(quick(batch.rows))
+    alone = batch.rows.replace(kv_lens_B=np.where(np.arange(7) == 1, batch.rows.kv_lens_B, 0))
+    np.testing.assert_array_equal(np.asarray(quick(alone))[1], together[1])
