@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention_gpu_body as body
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
 from jaxinfer.kernels.paged_attention_gpu_units import UNITS
@@ -80,7 +81,9 @@ def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
         tiling = Tiling(split, unit.ROWS, GROUPS, block, stages)
         if body.shared_bytes(problem, tiling, unit) <= gpu.shared_bytes:
             return tiling
-    raise ValueError(f"shared_bytes={gpu.shared_bytes} are too few for heads of {problem.H}")
+    raise ConfigError(
+        f"shared_bytes={gpu.shared_bytes} are too few for heads of {problem.H}: use the reference"
+    )
 
 
 @partial(jax.jit, static_argnames=("gpu", "scale", "window", "soft_cap"))
@@ -97,8 +100,11 @@ def paged_attention(
 ) -> Array:
     """As `jaxinfer.kernels.paged_attention.paged_attention`, for arguments that `why_not` passes.
 
-    bfloat16 queries; weights are rounded to bfloat16 before they meet the values.
+    scale is positive.  Weights are rounded to bfloat16 before they meet the values; over pages of
+    8-bit floats queries and weights are float16, with their larger magnitudes clipped.
     """
+    if scale <= 0:
+        raise ConfigError(f"scale={scale} is not positive: negate the queries instead")
     sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool, page_table_BM=rows.page_table_BM)
     T, K, G, H, S, B = (sizes[letter] for letter in "TKGHSB")
     stored = jnp.dtype(pool.k_PKSH.dtype).name
