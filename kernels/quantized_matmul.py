@@ -1,0 +1,74 @@
+"""Activations times a quantised weight: contract and reference.
+
+`x_TD` times a `Quantized` `[D, F]` is `[T, F]` in the dtype of x, accumulated in float32 (int32 for
+int8 × int8).  Which activations a format quantises is in the table of `quantized.FORMATS`; whatever
+a padding token holds stays in its row.
+
+What the compilers make of the reference, read from their output (`tests/compile`):
+
+* One scale for all D (fp8, int8, w8a16): one fused product on TPU and GPU, which reads the weight
+  once, in its own dtype.  There is no kernel, because there is nothing for one to save.
+* A scale for some of D (fp8_block, w4a16, nvfp4, mxfp4): first the whole weight is written out in
+  bfloat16, two to four times its bytes, and read again.  For these there are kernels: that of
+  `grouped_matmul`, with a single group.
+
+On CPU this is the real path: int8 × int8 runs at about twice the speed of float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxinfer.kernels.quantized import (
+    Quantized,
+    dequantize,
+    format_of,
+    quantize_activations,
+    spread_scales,
+)
+from jaxinfer.shapes import dims
+
+
+@jax.jit
+def quantized_matmul(x_TD: Array, weight: Quantized) -> Array:
+    """`x_TD` times the weight `[D, F]`: returns `[T, F]` in the dtype of x."""
+    dims(x_TD=x_TD, weight_DF=weight)
+    x, scale_T1 = activations(x_TD, weight)
+    product_TF = product(x, weight)
+    return (product_TF if scale_T1 is None else product_TF * scale_T1).astype(x_TD.dtype)
+
+
+def activations(x_TD: Array, weight: Quantized) -> tuple[Array, Array | None]:
+    """What the weight's values are multiplied with, and what each token's product is multiplied
+    with afterwards, float32 `[T, 1]`.
+
+    A scale for a part of a token is multiplied in at once: the result is rounded to the dtype of x,
+    and there is none for afterwards.
+    """
+    form = format_of(weight.format)
+    if form.activations is None:
+        return x_TD, None
+    x, scale = quantize_activations(x_TD, weight.format)
+    if not form.rows:
+        return x, scale
+    return (x.astype(jnp.float32) * jnp.repeat(scale, form.rows, axis=1)).astype(x_TD.dtype), None
+
+
+def product(x: Array, weight: Array | Quantized) -> Array:
+    """What `activations` made of x times the weight `[D, F]`: float32 `[T, F]`."""
+    if not isinstance(weight, Quantized):
+        return _dot(x, weight)
+    if weight.scales.shape[-2] > 1:
+        return _dot(x, dequantize(weight, x.dtype))
+    # Scaled afterwards, the values go into the product as they are.
+    return _dot(x, weight.values.astype(x.dtype)) * spread_scales(weight, jnp.float32)
+
+
+def _dot(x: Array, values: Array) -> Array:
+    if x.dtype != jnp.int8:
+        return jnp.dot(x, values, preferred_element_type=jnp.float32)
+    # One row of int8 takes five times as long on CPU as two.
+    rows = jnp.concatenate([x, x]) if len(x) == 1 else x
+    return jnp.dot(rows, values, preferred_element_type=jnp.int32)[: len(x)].astype(jnp.float32)

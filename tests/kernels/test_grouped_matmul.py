@@ -1,0 +1,117 @@
+"""Visits by enumeration, and the reference of grouped products against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer.errors import ShapeError
+from jaxinfer.kernels.grouped_matmul import grouped_matmul, visits
+from jaxinfer.kernels.quantized import FORMATS, quantize, quantize_activations
+from jaxinfer.kernels.quantized_matmul import quantized_matmul
+
+GROUPS = {
+    "empty groups between": [0, 9, 0, 0, 8, 1, 0],
+    "one token each": [1, 1, 1, 1, 1, 1, 1],
+    "one group takes all": [0, 0, 19, 0, 0, 0, 0],
+    "no tokens": [0, 0, 0, 0, 0, 0, 0],
+    "whole tiles": [8, 0, 16, 0, 0, 0, 0],
+}
+planned = jax.jit(visits, static_argnums=(1, 2))
+
+
+@given(st.lists(st.integers(0, 12), min_size=5, max_size=5), st.sampled_from([1, 3, 8]))
+def test_every_token_of_a_group_is_visited_once(sizes, tile):
+    total = 61
+    plan = planned(jnp.asarray(sizes, jnp.int32), total, tile)
+    owner = np.full(total, -1)
+    seen = []
+    for visit in range(int(plan.count)):
+        begin, end = int(plan.begin[visit]), int(plan.end[visit])
+        assert begin < end, "no visit is for nothing"
+        assert begin // tile == (end - 1) // tile == int(plan.tile[visit])
+        assert (owner[begin:end] == -1).all()
+        owner[begin:end] = int(plan.expert[visit])
+        seen.append(begin)
+    assert seen == sorted(seen)
+    np.testing.assert_array_equal(owner[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes))
+    assert (owner[sum(sizes) :] == -1).all()
+    assert len(plan.expert) >= int(plan.count)
+
+
+def build(groups, name, dtype=jnp.float32, D=256, F=160, seed=0):
+    """Tokens (five more than the groups have, NaN), a weight, and the product in float64."""
+    rng = np.random.default_rng(seed)
+    total = sum(groups)
+    x = np.full((total + 5, D), np.nan, np.float32)
+    x[:total] = rng.normal(size=(total, D))
+    x = jnp.asarray(x, dtype)
+    weight = jnp.asarray(rng.normal(size=(len(groups), D, F)), jnp.float32)
+    weight = weight.astype(dtype) if name is None else quantize(weight, name)
+    return x, weight, jnp.asarray(groups, jnp.int32)
+
+
+def expected(x, weight, groups):
+    """Expert by expert, in float64, of what is stored and of what the activations become."""
+    if isinstance(weight, jnp.ndarray):
+        values = np.asarray(weight, np.float64)
+    else:
+        form = FORMATS[weight.format]
+        if form.activations:
+            stored, scale = quantize_activations(x, weight.format)
+            scale = np.asarray(scale, np.float64)
+            x = np.asarray(stored).astype(np.float64) * np.repeat(
+                scale, x.shape[1] // scale.shape[1], axis=1
+            )
+        scales = np.asarray(weight.scales).astype(np.float64)
+        if weight.tensor_scale is not None:
+            scales = scales * np.asarray(weight.tensor_scale, np.float64)
+        _, D, F = weight.shape
+        spread = scales[:, np.arange(D) // weight.rows][:, :, np.arange(F) // weight.columns]
+        values = np.asarray(weight.values).astype(np.float64) * spread
+    x = np.asarray(x, np.float64)
+    out, offset = np.zeros((len(x), values.shape[2])), 0
+    for expert, size in enumerate(groups):
+        out[offset : offset + size] = x[offset : offset + size] @ values[expert]
+        offset += size
+    return out
+
+
+@pytest.mark.parametrize("name", [None, *FORMATS])
+@pytest.mark.parametrize("case", GROUPS)
+def test_matches_float64(case, name):
+    groups = GROUPS[case]
+    x, weight, sizes = build(groups, name)
+    out = np.asarray(grouped_matmul(x, weight, sizes))
+    want = expected(x, weight, groups)
+    np.testing.assert_allclose(out, want, rtol=0, atol=3e-6 * max(np.abs(want).max(), 1))
+    assert not out[sum(groups) :].any(), "what is behind the groups comes out zero"
+
+
+@pytest.mark.parametrize("name", [None, "int8", "mxfp4"])
+def test_bfloat16_stays_close(name):
+    groups = GROUPS["empty groups between"]
+    x, weight, sizes = build(groups, name, jnp.bfloat16)
+    out = grouped_matmul(x, weight, sizes)
+    assert out.dtype == jnp.bfloat16
+    want = expected(x, weight, groups)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_group_is_a_quantized_matmul(name):
+    x, weight, sizes = build([11], name)
+    out = np.asarray(grouped_matmul(x, weight, sizes))[:11]
+    one = weight.replace(
+        values=weight.values[0],
+        scales=weight.scales[0],
+        tensor_scale=None if weight.tensor_scale is None else weight.tensor_scale[0],
+    )
+    np.testing.assert_allclose(out, np.asarray(quantized_matmul(x, one))[:11], rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_that_disagree_are_named():
+    with pytest.raises(ShapeError, match=r"group_sizes_E has E=3, but weight_EDF has E=2"):
+        grouped_matmul(jnp.ones((4, 8)), jnp.ones((2, 8, 8)), jnp.ones(3, jnp.int32))
