@@ -15,7 +15,10 @@ block is the value.
 |           |               | float32 for the whole weight          |                        |
 | mxfp4     | float4_e2m1fn | float8_e8m0fnu, 32 × 1 (OCP MX 1.0)   | what they are          |
 
-Four-bit dtypes are stored two in a byte by XLA on every platform, so nothing is packed by hand.
+Four-bit values are int4 arrays, which XLA packs two in a byte on every platform, and the scales of
+mxfp4 uint8 arrays; of float4 and of powers of two they hold the bits.  Chips whose compilers do not
+know those dtypes (Hopper, most TPUs) then need no more than arithmetic.
+
 A scale is the largest magnitude in the block over the largest number of the format, except that
 mxfp4 takes the power of two that OCP MX 1.0 (section 6.3) prescribes: values above six saturate.
 """
@@ -28,11 +31,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jax import Array
+from jax import Array, lax
 
 from jaxinfer.errors import ConfigError, ShapeError
 from jaxinfer.shapes import Leaf
 
+# In which arrays the bits of numbers lie that not every chip knows.
+STORED = {"float4_e2m1fn": "int4", "float8_e8m0fnu": "uint8"}
 # Largest magnitude of each number format.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0, "int4": 7.0, "float4_e2m1fn": 6.0}
 # A block without a larger magnitude than this is as good as zero; its scale must not be.
@@ -43,6 +48,7 @@ SMALLEST = 1e-30
 class Format:
     """How a weight is stored, and what becomes of the activations it meets.
 
+    values, scales: the numbers; `STORED` has the dtype of the arrays where it is another.
     rows, columns: the size of a block along D and F; 0 for the whole axis.
     activations: the dtype that activations are quantised to, with a scale for every `rows` of each
         token; None: they stay as they are.
@@ -129,21 +135,47 @@ def quantize(weight: Array, name: str) -> Quantized:
         tensor_scale = jnp.max(scales, axis=(-2, -1), keepdims=True) / LARGEST[form.scales]
         # Below the smallest number that e4m3 holds the scale would be zero.
         scales = jnp.maximum(scales / tensor_scale, 2.0**-9)
-    scales = scales.astype(form.scales)
-    spread = spread_scales(Quantized(weight, scales, tensor_scale, name), jnp.float32)
-    return Quantized(cast(weight / spread, form.values), scales, tensor_scale, name)
+    stored = Quantized(weight, _bits(scales.astype(form.scales)), tensor_scale, name)
+    scaled = weight / spread_scales(stored, jnp.float32)
+    return stored.replace(values=_bits(cast(scaled, form.values)))
 
 
 def cast(values: Array, dtype: Any) -> Array:
-    """Numbers in a storage dtype: the nearest, ties to even, the largest for what lies beyond."""
+    """Numbers in another dtype: the nearest, ties to even, the largest for what lies beyond."""
     dtype = jnp.dtype(dtype)
     values = jnp.clip(values, -LARGEST[dtype.name], LARGEST[dtype.name])
     return (jnp.round(values) if dtype.name.startswith("int") else values).astype(dtype)
 
 
+def _bits(numbers: Array) -> Array:
+    stored = STORED.get(numbers.dtype.name)
+    return numbers if stored is None else lax.bitcast_convert_type(numbers, stored)
+
+
+def read_values(values: Array, name: str) -> Array:
+    """Stored values of the named format as float32 numbers.
+
+    The magnitudes of float4, 0, ½, 1, 1½, 2, 3, 4 and 6, are three straight lines over the three
+    lower bits, each above the others where it holds.
+    """
+    numbers = values.astype(jnp.float32)
+    if FORMATS[name].values != "float4_e2m1fn":
+        return numbers
+    bits = jnp.where(numbers < 0, numbers + 8, numbers)
+    magnitude = jnp.maximum(jnp.maximum(bits * 0.5, bits - 2), bits * 2 - 8)
+    return jnp.where(numbers < 0, -magnitude, magnitude)
+
+
+def read_scales(scales: Array, name: str) -> Array:
+    """Stored scales of the named format as float32 numbers; those of mxfp4 are biased exponents."""
+    if FORMATS[name].scales != "float8_e8m0fnu":
+        return scales.astype(jnp.float32)
+    return lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+
+
 def spread_scales(weight: Quantized, dtype: Any) -> Array:
     """The scale of every value, `[…, D, F]` (`[…, 1, F]` if all D share one)."""
-    scales = weight.scales.astype(jnp.float32)
+    scales = read_scales(weight.scales, weight.format)
     if weight.tensor_scale is not None:
         scales *= weight.tensor_scale
     scales = scales.astype(dtype)
@@ -154,7 +186,8 @@ def spread_scales(weight: Quantized, dtype: Any) -> Array:
 
 def dequantize(weight: Quantized, dtype: Any) -> Array:
     """The weight `[…, D, F]` that the numbers stand for, rounded to `dtype`."""
-    return (weight.values.astype(jnp.float32) * spread_scales(weight, jnp.float32)).astype(dtype)
+    numbers = read_values(weight.values, weight.format)
+    return (numbers * spread_scales(weight, jnp.float32)).astype(dtype)
 
 
 def quantize_activations(x_TD: Array, name: str) -> tuple[Array, Array]:
@@ -175,7 +208,7 @@ def bytes_of(name: str, shape: tuple[int, ...]) -> int:
     """Bytes that a weight `[…, D, F]` takes, scales included."""
     form = format_of(name)
     *outer, depth, width = shape
-    bits = 4 if form.values in ("int4", "float4_e2m1fn") else 8
+    bits = 4 if STORED.get(form.values, form.values) == "int4" else 8
     scales = -(-depth // (form.rows or depth)) * -(-width // form.columns)
     each = depth * width * bits // 8 + scales * jnp.dtype(form.scales).itemsize
     return math.prod(outer) * (each + 4 * form.tensor_scale)

@@ -10,6 +10,7 @@ from jaxinfer.errors import ConfigError, ShapeError
 from jaxinfer.kernels.quantized import (
     FORMATS,
     LARGEST,
+    STORED,
     Quantized,
     bytes_of,
     dequantize,
@@ -38,10 +39,21 @@ def test_the_largest_numbers_are_those_of_the_formats():
     assert {form.values for form in FORMATS.values()} == set(LARGEST)
 
 
+def numbers(stored: Quantized) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales as float64, read from their bits by ml_dtypes."""
+    form = FORMATS[stored.format]
+    values, scales = np.asarray(stored.values), np.asarray(stored.scales)
+    if form.values == "float4_e2m1fn":
+        values = values.astype(np.uint8) & 15
+    return (
+        values.view(form.values).astype(np.float64),
+        scales.view(form.scales).astype(np.float64),
+    )
+
+
 def by_hand(stored: Quantized) -> np.ndarray:
     """What is stored times its scale, element by element of the blocks, in float64."""
-    values = np.asarray(stored.values).astype(np.float64)
-    scales = np.asarray(stored.scales).astype(np.float64)
+    values, scales = numbers(stored)
     if stored.tensor_scale is not None:
         scales = scales * np.asarray(stored.tensor_scale, np.float64)
     rows = np.arange(values.shape[1]) // stored.rows
@@ -53,33 +65,34 @@ def by_hand(stored: Quantized) -> np.ndarray:
 def test_what_is_stored_times_its_scale_is_near_the_weight(name):
     stored = quantize(jnp.asarray(WEIGHT), name)
     form = FORMATS[name]
-    assert (stored.values.dtype, stored.scales.dtype) == (form.values, form.scales)
+    assert stored.values.dtype == STORED.get(form.values, form.values)
+    assert stored.scales.dtype == STORED.get(form.scales, form.scales)
     want = by_hand(stored)
     np.testing.assert_allclose(np.asarray(dequantize(stored, jnp.float32)), want, rtol=1e-6)
     error = np.sqrt(np.mean((want - WEIGHT) ** 2) / np.mean(WEIGHT**2))
     assert ERROR[name] / 2 < error < ERROR[name]
     assert not want[0, :, 3].any()
-    largest = np.abs(np.asarray(stored.values).astype(np.float32)).max()
-    assert largest == LARGEST[form.values], "the range of the format is used"
+    assert np.abs(numbers(stored)[0]).max() == LARGEST[form.values], (
+        "the range of the format is used"
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_values_are_the_nearest_of_the_format(name):
     stored = quantize(jnp.asarray(WEIGHT), name)
-    dtype = jnp.dtype(stored.values.dtype)
-    every = np.arange(2 ** ml_dtypes.finfo(dtype).bits if dtype.name.startswith("float") else 256)
+    dtype = np.dtype(FORMATS[name].values)
     if dtype.name.startswith("float"):
-        numbers = every.astype(np.uint8).view(dtype).astype(np.float64)
-        numbers = numbers[np.isfinite(numbers)]
+        every = np.arange(2 ** ml_dtypes.finfo(dtype).bits, dtype=np.uint8).view(dtype)
+        every = every.astype(np.float64)
+        every = every[np.isfinite(every)]
     else:
-        numbers = np.arange(-LARGEST[dtype.name], LARGEST[dtype.name] + 1)
-    values = np.asarray(stored.values).astype(np.float64)
-    scale = by_hand(stored.replace(values=jnp.ones_like(stored.values)))
-    exact = WEIGHT / scale
-    step = np.min(np.abs(exact[..., :40, None] - numbers), axis=-1)
-    np.testing.assert_allclose(
-        np.abs(exact - values)[..., :40], step, atol=1e-4 * LARGEST[dtype.name]
-    )
+        every = np.arange(-LARGEST[dtype.name], LARGEST[dtype.name] + 1)
+    ones = {"float4_e2m1fn": 2}.get(dtype.name, 1)  # the bits of one
+    scale = by_hand(stored.replace(values=jnp.full_like(stored.values, ones)))[..., :40]
+    exact = WEIGHT[..., :40] / scale
+    nearest = np.min(np.abs(exact[..., None] - every), axis=-1)
+    distance = np.abs(exact - numbers(stored)[0][..., :40])
+    np.testing.assert_allclose(distance, nearest, atol=1e-4 * LARGEST[dtype.name])
 
 
 def test_mxfp4_scales_are_those_of_the_standard():
@@ -89,16 +102,16 @@ def test_mxfp4_scales_are_those_of_the_standard():
     weight[5] = peaks
     stored = quantize(jnp.asarray(weight), "mxfp4")
     want = 2.0 ** (np.floor(np.log2(peaks)) - 2)
-    np.testing.assert_array_equal(np.asarray(stored.scales).astype(np.float64)[0], want)
-    values = np.asarray(stored.values).astype(np.float64)[5]
-    np.testing.assert_array_equal(values, [6, 6, 4, 6, 4, 6, 4, 6])
+    values, scales = (part[0] for part in numbers(jax.tree.map(lambda a: a[None], stored)))
+    np.testing.assert_array_equal(scales[0], want)
+    np.testing.assert_array_equal(values[5], [6, 6, 4, 6, 4, 6, 4, 6])
 
 
 def test_four_bits_take_half_a_byte_on_disk_and_in_bytes_of():
     shape = (3, 256, 160)
     for name, form in FORMATS.items():
         stored = jax.eval_shape(lambda w, name=name: quantize(w, name), jnp.zeros(shape))
-        bits = 4 if "4" in form.values[:6] else 8
+        bits = 4 if form.values in ("int4", "float4_e2m1fn") else 8
         want = stored.values.size * bits // 8 + stored.scales.size * stored.scales.dtype.itemsize
         want += 0 if stored.tensor_scale is None else 4 * 3
         assert bytes_of(name, shape) == want, name

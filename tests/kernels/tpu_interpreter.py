@@ -1,0 +1,36 @@
+"""Running TPU kernels in the interpreter, where a mistake in their copies does not go unnoticed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+
+def parameters(num_cores: int = 1) -> pltpu.InterpretParams:
+    """Copies happen as late as they may, memory begins as NaN, and races are looked for."""
+    return pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        dma_execution_mode="on_wait",
+        num_cores_or_threads=num_cores,
+    )
+
+
+def run(function: Callable, *arguments: Any) -> Any:
+    """The result of a jitted function of kernels.
+
+    The interpreter only prints what it finds, a race or a copy that nobody awaited, and its flag
+    tells of a program's last kernel alone: so nothing may be printed.
+    """
+    # Most of the time goes into compiling the interpreter's loop; it need not be good code.
+    quick = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        result = jax.block_until_ready(quick(*arguments))
+    assert said.getvalue() == ""
+    return result
