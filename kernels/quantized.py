@@ -152,13 +152,13 @@ def _bits(numbers: Array) -> Array:
     return numbers if stored is None else lax.bitcast_convert_type(numbers, stored)
 
 
-def read_values(values: Array, name: str) -> Array:
-    """Stored values of the named format as float32 numbers.
+def read_values(values: Array, name: str, dtype: Any = jnp.float32) -> Array:
+    """Stored values of the named format as numbers; all are exact in bfloat16 and wider.
 
     The magnitudes of float4, 0, ½, 1, 1½, 2, 3, 4 and 6, are three straight lines over the three
     lower bits, each above the others where it holds.
     """
-    numbers = values.astype(jnp.float32)
+    numbers = values.astype(dtype)
     if FORMATS[name].values != "float4_e2m1fn":
         return numbers
     bits = jnp.where(numbers < 0, numbers + 8, numbers)

@@ -13,6 +13,7 @@ GROUPS = {
     "one group takes all": [0, 0, 19, 0, 0, 0, 0],
     "no tokens": [0, 0, 0, 0, 0, 0, 0],
     "whole tiles": [8, 0, 16, 0, 0, 0, 0],
+    "many tokens": [3, 0, 70, 61, 0, 2, 0],
 }
 
 
