@@ -70,6 +70,23 @@ def block_sizes(x_TD: Any, weight: Any, *, shared_bytes: int, groups: int | None
     raise ShapeError(f"weight {weight.shape}: no block of it fits {shared_bytes} bytes")
 
 
+def refusal(x_TD: Any, weight: Any, compute_capability: tuple[int, int]) -> str | None:
+    """Why the kernel is not for these arrays on such a chip; None if it is.
+
+    To be asked before lowering: for chips that it does not know, Mosaic GPU ends the process.
+    """
+    _, D, F = weight.shape
+    if compute_capability != (9, 0):
+        return f"it is written for compute capability 9.0, not {compute_capability}"
+    if x_TD.dtype != jnp.bfloat16:
+        return f"it multiplies bfloat16 activations, not {x_TD.dtype}"
+    if not isinstance(weight, Quantized) and weight.dtype != jnp.bfloat16:
+        return f"it multiplies bfloat16 or quantised weights, not {weight.dtype}"
+    if D % DEPTH or all(F % width for width in WIDTHS):
+        return f"D = {D} is no multiple of {DEPTH} or F = {F} of none of {WIDTHS}"
+    return None
+
+
 def grouped_matmul(
     x_TD: Array,
     weight: Array | Quantized,

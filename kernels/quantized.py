@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -100,6 +101,11 @@ class Quantized:
     def columns(self) -> int:
         """How many F share a scale."""
         return format_of(self.format).columns
+
+
+def stacked(weight: Quantized) -> Quantized:
+    """The weight `[D, F]` as a stack `[1, D, F]` of one."""
+    return jax.tree.map(lambda leaf: leaf[None], weight)
 
 
 def format_of(name: str) -> Format:

@@ -8,6 +8,7 @@ import pytest
 from jaxinfer.errors import ShapeError
 from jaxinfer.kernels.grouped_matmul_tpu import Blocks, block_sizes, grouped_matmul, vmem_needed
 from jaxinfer.kernels.quantized import FORMATS, quantize
+from jaxinfer.kernels.quantized_matmul_tpu import quantized_matmul
 from jaxinfer.kernels.stored import stored
 from tests.kernels.groups import GROUPS, build, expected
 from tests.kernels.tpu_interpreter import parameters, run
@@ -47,6 +48,18 @@ def test_matches_float64(case, name, blocks):
     want = expected(x, weight, groups)
     np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
     assert not np.asarray(out, np.float64)[sum(groups) :].any()
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "w4a16"])
+def test_a_single_weight(name):
+    x, stack, _ = build([11], name, jnp.bfloat16)
+    x = x[:11]
+    weight = jax.tree.map(lambda leaf: leaf[0], stack)
+    out = run(
+        lambda x, w: quantized_matmul(x, w, vmem_bytes=VMEM, interpret=parameters()), x, weight
+    )
+    want = expected(x, stack, [11])
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
 
 
 def test_fp8_may_be_multiplied_as_it_is():
