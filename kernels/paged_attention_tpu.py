@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxinfer.errors import ShapeError
 from jaxinfer.kernels.paged_attention import capped
 from jaxinfer.kernels.rows import Rows
-from jaxinfer.kernels.tpu import LANES, in_chunks, padded_bytes, round_up, widen
+from jaxinfer.kernels.tpu import FOUR_BITS, LANES, in_chunks, padded_bytes, planes, round_up
 from jaxinfer.kernels.write_pages import Pool
 from jaxinfer.shapes import dims
 
@@ -98,10 +98,10 @@ class _Scratch(NamedTuple):
     v: Any
     k_scale: Any  # [depth, pages, K, S]
     v_scale: Any
-    matrix: Any  # [heads, Q·G, H]: the tile's queries
+    matrix: Any  # [heads, planes, Q·G, H/planes]: the tile's queries
     peak: Any  # [heads, Q·G, LANES]: of each query the largest score, the same in all lanes
     total: Any  # the same, of the sum of weights
-    acc: Any  # [heads, Q·G, H]: the weighted values
+    acc: Any  # [heads, planes, Q·G, H/planes]: the weighted values
     scales: Any  # [2, K, slots]: the block's scales, slot after slot
     out: Any  # [Q, heads, G, H]
     tables: Any  # [TABLES, …, LANES]: entries of rows' page tables
@@ -115,7 +115,7 @@ class _Scratch(NamedTuple):
 def _scratch(blocks: Blocks, q_TKGH: Any, pool: Pool, table_chunks: int) -> _Scratch:
     (_, K, G, H), (*_, S, stored_width) = q_TKGH.shape, pool.k_PKSH.shape
     depth, heads, lines, f32 = blocks.depth, blocks.heads, blocks.queries * G, jnp.float32
-    slots = blocks.pages * S
+    slots, folded = blocks.pages * S, (heads, H // stored_width, lines, stored_width)
     pages = pltpu.VMEM((depth, blocks.pages, heads, S, stored_width), pool.k_PKSH.dtype)
     scales = pltpu.VMEM((depth, blocks.pages, K, S), f32)
     scaled = pool.k_scale_PKS is not None
@@ -125,10 +125,10 @@ def _scratch(blocks: Blocks, q_TKGH: Any, pool: Pool, table_chunks: int) -> _Scr
         v=pages,
         k_scale=scales if scaled else None,
         v_scale=scales if scaled else None,
-        matrix=pltpu.VMEM((heads, lines, H), q_TKGH.dtype),
+        matrix=pltpu.VMEM(folded, q_TKGH.dtype),
         peak=pltpu.VMEM((heads, lines, LANES), f32),
         total=pltpu.VMEM((heads, lines, LANES), f32),
-        acc=pltpu.VMEM((heads, lines, H), f32),
+        acc=pltpu.VMEM(folded, f32),
         scales=pltpu.VMEM((2, K, slots), f32) if scaled else None,
         out=pltpu.VMEM((blocks.queries, heads, G, H), q_TKGH.dtype),
         tables=pltpu.SMEM((TABLES, table_chunks, 1, LANES), jnp.int32),
@@ -351,9 +351,10 @@ class _Core:
 
         scratch = self.scratch
         if self.pool.k_scale_PKS is not None:
+            unit = 1 / FOUR_BITS if scratch.k.dtype == jnp.uint8 else 1.0
             for kind, scales in enumerate((scratch.k_scale, scratch.v_scale)):
                 in_line = [scales[buffer, page] for page in range(self.blocks.pages)]
-                scratch.scales[kind] = jnp.concatenate(in_line, axis=1)
+                scratch.scales[kind] = jnp.concatenate(in_line, axis=1) * unit
         for head in range(self.blocks.heads):
             self.fold(head, buffer, first, begin * self.page_size, self.kv_lens_B[here.row])
 
@@ -368,15 +369,18 @@ class _Core:
     def begin_tile(self, buffer: Array) -> None:
         """Queries as matrices, and nothing seen yet but the sinks."""
         scratch = self.scratch
+        _, num_planes, lines, width = scratch.matrix.shape
         for head in range(self.blocks.heads):
             # Rows of a packed type cannot be moved one by one; those of float32 can.
             q_QGH = scratch.q[buffer, :, head].astype(jnp.float32)
-            _, lines, width = scratch.matrix.shape
-            scratch.matrix[head] = q_QGH.reshape(lines, width).astype(scratch.matrix.dtype)
+            q = q_QGH.reshape(lines, num_planes * width)
+            for plane in range(num_planes):
+                part = q[:, plane * width : (plane + 1) * width]
+                scratch.matrix[head, plane] = part.astype(scratch.matrix.dtype)
             if self.sinks is None:
                 scratch.peak[head] = jnp.full((lines, LANES), MASKED, jnp.float32)
             else:
-                sinks_GL = self.sinks[head]
+                sinks_GL = self.sinks[self.heads.start + head]
                 tile = jnp.broadcast_to(sinks_GL[None], (self.blocks.queries, *sinks_GL.shape))
                 scratch.peak[head] = tile.reshape(lines, LANES)
         scratch.total[...] = jnp.full_like(scratch.total, 0.0 if self.sinks is None else 1.0)
@@ -388,15 +392,17 @@ class _Core:
         first: position of the tile's first query; position: of the block's first slot.
         """
         scratch, window = self.scratch, self.options.window
-        q = scratch.matrix[head]
-        (lines, width), (_, pages, _, S, _) = q.shape, scratch.k.shape
-        slots, G = pages * S, lines // self.blocks.queries
-        exact = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
+        (_, _, lines, width), (_, pages, _, S, _) = scratch.matrix.shape, scratch.k.shape
+        slots, G, dtype = pages * S, lines // self.blocks.queries, scratch.matrix.dtype
+        exact = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
         product = partial(lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
         which = pl.ds(self.heads.start + head, 1)
 
-        k = widen(scratch.k[buffer, :, head], q.dtype).reshape(slots, width)
-        scores = product(q, k, (((1,), (1,)), ((), ()))) * self.options.scale
+        scores = 0.0
+        for plane, k in enumerate(planes(scratch.k[buffer, :, head], dtype)):
+            k = k.reshape(slots, width)
+            scores += product(scratch.matrix[head, plane], k, (((1,), (1,)), ((), ())))
+        scores *= self.options.scale
         if scratch.scales is not None:
             scores *= scratch.scales[0, which]
         scores = capped(scores, self.options.soft_cap)
@@ -415,18 +421,21 @@ class _Core:
         scratch.total[head] = scratch.total[head] * shrink + jnp.sum(weights, 1, keepdims=True)
         if scratch.scales is not None:
             weights = jnp.where(seen, weights * scratch.scales[1, which], 0.0)
-        v = widen(scratch.v[buffer, :, head], q.dtype).reshape(slots, width)
-        # A NaN that nobody may see would survive its zero weight: 0 · NaN = NaN.
         written = position + lax.broadcasted_iota(jnp.int32, (slots, 1), 0) < kv_len
-        v = jnp.where(written, v, jnp.zeros_like(v))
-        update = product(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())))
-        scratch.acc[head] = scratch.acc[head] * _lanes(shrink, width) + update
+        for plane, v in enumerate(planes(scratch.v[buffer, :, head], dtype)):
+            # A NaN that nobody may see would survive its zero weight: 0 · NaN = NaN.
+            v = jnp.where(written, v.reshape(slots, width), jnp.zeros((), dtype))
+            update = product(weights.astype(dtype), v, (((1,), (0,)), ((), ())))
+            scratch.acc[head, plane] = scratch.acc[head, plane] * _lanes(shrink, width) + update
 
     def finish_tile(self) -> None:
         scratch = self.scratch
         Q, _, G, width = scratch.out.shape
         for head in range(self.blocks.heads):
-            result = scratch.acc[head] / _lanes(scratch.total[head], width)
+            acc = jnp.concatenate(
+                [scratch.acc[head, plane] for plane in range(scratch.acc.shape[1])], axis=1
+            )
+            result = acc / _lanes(scratch.total[head], width)
             scratch.out[:, head] = result.reshape(Q, G, width).astype(scratch.out.dtype)
 
 
@@ -508,14 +517,14 @@ def _call(q_TKGH, pool, rows, sinks_KG, out_TKGH, bounds, options, vmem_bytes, i
     if sinks_KG is not None:
         sinks = jnp.broadcast_to(sinks_KG.astype(jnp.float32)[..., None], (K, G, LANES))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    of_heads = pl.BlockSpec((blocks.heads, G, LANES), lambda i, *_: (i // blocks.parts, 0, 0))
     arguments = (
         bounds, rows.query_starts_B, rows.query_lens_B, rows.kv_lens_B,
         q_TKGH, tables, pool, sinks, out_TKGH,
     )  # fmt: skip
     aliases = {} if out_TKGH is None else {len(jax.tree.leaves(arguments)) - 1: 0}
     specs = jax.tree.map(lambda _: anywhere, arguments[4:])
-    specs = (*specs[:3], None if sinks is None else of_heads, specs[4])
+    in_vmem = None if sinks is None else pl.BlockSpec(memory_space=pltpu.VMEM)
+    specs = (*specs[:3], in_vmem, specs[4])
     return pl.pallas_call(
         partial(_attend, options=options),
         out_shape=jax.ShapeDtypeStruct(q_TKGH.shape, q_TKGH.dtype),

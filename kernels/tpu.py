@@ -9,10 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 # A vector register is this many lanes of 32 bits wide, and as many rows high as SUBLANES.
 LANES = 128
 SUBLANES = 8
+# The high half of each byte of a word, and what a number is multiplied by when it stands there.
+HIGH_HALVES = -0x0F0F0F10
+FOUR_BITS = 16.0
 
 
 def round_up(count: int, step: int) -> int:
@@ -50,10 +54,15 @@ def in_chunks(count: Array, most: int, copy: Callable[[Array, int], None]) -> No
             copy(count & -(2 * size), size)
 
 
-def widen(stored: Array, dtype: Any) -> Array:
-    """Stored numbers `[…, H]` in `dtype`, before their scales, as `unpack` does it."""
-    if stored.dtype == jnp.uint8:
-        whole = stored.astype(jnp.int32)
-        halves = [(whole << 28) >> 28, (whole << 24) >> 28]
-        return jnp.concatenate([half.astype(jnp.float32) for half in halves], -1).astype(dtype)
-    return stored.astype(dtype)
+def planes(stored: Array, dtype: Any) -> list[Array]:
+    """Stored numbers `[…, S, H]` in `dtype`, before their scales; of four bits, times FOUR_BITS.
+
+    Those come as two arrays of half the width, low halves of the bytes first: to put them side by
+    side would take a rotation of every register.
+    """
+    if stored.dtype != jnp.uint8:
+        return [stored.astype(dtype)]
+    # Four rows at once; a byte with its number in the high half is FOUR_BITS times that number.
+    words = pltpu.bitcast(stored, jnp.int32)
+    halves = (words << 4) & HIGH_HALVES, words & HIGH_HALVES
+    return [pltpu.bitcast(half, jnp.int8).astype(dtype) for half in halves]
