@@ -10,7 +10,7 @@ and rows that the batch does not have are not visited.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -162,8 +162,7 @@ class _Core:
             self.send(count, token, "wait")
 
     def span(self, row: Array, tile: Array) -> tuple[Array, Array]:
-        """The positions of a tile's first and last query; a row of no tokens has one, too, for the
-        sake of a simple loop."""
+        """The positions of a tile's first and last query; a row of no tokens has one, too."""
         kv_len, queries = self.kv_lens_B[row], self.blocks.queries
         first = kv_len - self.lens_B[row] + tile * queries
         return first, jnp.maximum(jnp.minimum(first + queries, kv_len) - 1, 0)
@@ -202,7 +201,7 @@ class _Core:
 
         @pl.when(row < self.end_row)
         def _():
-            first, _ = self.span(row, jnp.int32(0))
+            first = self.span(row, jnp.int32(0))[0]
             last = lax.div(jnp.maximum(self.kv_lens_B[row] - 1, 0), self.page_size)
 
             @pl.loop(lax.div(self.begin(first), LANES), lax.div(last, LANES) + 1)
@@ -263,7 +262,7 @@ class _Core:
                 self.table(ahead.row, "wait")
                 self.table(ahead.row + (TABLES - 1) * self.blocks.parts, "start")
 
-            begin, end, _ = self.entries(ahead)
+            begin, end = self.entries(ahead)[:2]
 
             @pl.loop(begin, end)
             def _(entry):
@@ -294,7 +293,7 @@ class _Core:
             self.page(jnp.int32(0), buffer, index, "wait")
 
         scratch = self.scratch
-        if self.pool.k_scale_PKS is not None:
+        if scratch.scales is not None:
             unit = 1 / FOUR_BITS if scratch.k.dtype == jnp.uint8 else 1.0
             for kind, scales in enumerate((scratch.k_scale, scratch.v_scale)):
                 in_line = [scales[buffer, page] for page in range(self.blocks.pages)]
@@ -342,11 +341,11 @@ class _Core:
         product = partial(lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
         which = pl.ds(self.heads.start + head, 1)
 
-        scores = 0.0
-        for plane, k in enumerate(planes(scratch.k[buffer, :, head], dtype)):
-            k = k.reshape(slots, width)
-            scores += product(scratch.matrix[head, plane], k, (((1,), (1,)), ((), ())))
-        scores *= self.options.scale
+        products = [
+            product(scratch.matrix[head, plane], k.reshape(slots, width), (((1,), (1,)), ((), ())))
+            for plane, k in enumerate(planes(scratch.k[buffer, :, head], dtype))
+        ]
+        scores = reduce(jnp.add, products) * self.options.scale
         if scratch.scales is not None:
             scores *= scratch.scales[0, which]
         scores = capped(scores, self.options.soft_cap)

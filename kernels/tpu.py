@@ -9,7 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
+
+from jaxinfer.kernels.write_pages import LARGEST, Pool
 
 # A vector register is this many lanes of 32 bits wide, and as many rows high as SUBLANES.
 LANES = 128
@@ -17,6 +20,37 @@ SUBLANES = 8
 # The high half of each byte of a word, and what a number is multiplied by when it stands there.
 HIGH_HALVES = -0x0F0F0F10
 FOUR_BITS = 16.0
+
+
+# Chips that the kernels were compiled for, by the names of their sheets in configs/hardware.
+CHIPS = ("tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x")
+
+
+def unsupported(chip: str, q_dtype: Any, pool: Pool) -> str | None:
+    """Why the kernels cannot serve a pool on a chip; None if they can.
+
+    Formats that a chip has no arithmetic for (all of eight bits and less on v5e, say) are converted
+    in registers, so none is missing anywhere.
+    """
+    if chip not in CHIPS:
+        return f"the TPU kernels were not compiled for {chip}, but for {', '.join(CHIPS)}"
+    if jnp.dtype(q_dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"queries must be bfloat16 or float32, not {jnp.dtype(q_dtype).name}"
+    known = ("bfloat16", "float32", *LARGEST)
+    if pool.k_PKSH.dtype.name not in known:
+        return f"pages must be of {', '.join(known)}, not {pool.k_PKSH.dtype.name}"
+    if pool.shape[2] % (2 * SUBLANES) != 0:
+        return f"page_size must be a multiple of {2 * SUBLANES}, not {pool.shape[2]}"
+    return None
+
+
+def row_major(array: Any, sharding: Any) -> Format:
+    """How the arrays of a pool must lie in memory: in the order of their axes.
+
+    XLA would rather have another order where rows are shorter than LANES, and would copy the pool
+    before each kernel.  So a program must take and return its pool in this format.
+    """
+    return Format(Layout(tuple(range(len(array.shape)))), sharding)
 
 
 def round_up(count: int, step: int) -> int:
@@ -29,7 +63,7 @@ def packing(dtype: Any) -> int:
 
 
 def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes that an array takes in a TPU's memory.
+    """Bytes that an array takes in a TPU's memory when it lies there in the order of its axes.
 
     The last axis is padded to whole rows of lanes.  The one before is padded to a tile of rows; a
     tile is 8, 16 or 32 rows high, or less (a power of two) where the axis is shorter.

@@ -56,6 +56,10 @@ class _Core:
     def __init__(self, firsts, pages, begins, new: Pool, _, pool: Pool, scratch: _Scratch):
         self.firsts, self.pages, self.begins = firsts, pages, begins
         self.new, self.pool, self.scratch = new, pool, scratch
+        self.scales: list[tuple[Any, Any]] = []
+        if scratch.k_scale is not None:
+            self.scales += [(scratch.k_scale, pool.k_scale_PKS)]
+            self.scales += [(scratch.v_scale, pool.v_scale_PKS)]
         page_size, tile = pool.k_PKSH.shape[2], SUBLANES * packing(pool.k_PKSH.dtype)
         self.group = tile if page_size % tile == 0 else page_size
 
@@ -108,9 +112,8 @@ class _Core:
 
             most = min(self.pool.k_PKSH.shape[2], self.new.k_PKSH.shape[0])
             in_chunks(run.end - run.begin, most, copy_tokens)
-            if self.pool.k_scale_PKS is not None:
-                copy(self.pool.k_scale_PKS.at[run.page], scratch.k_scale.at[buffer])
-                copy(self.pool.v_scale_PKS.at[run.page], scratch.v_scale.at[buffer])
+            for ring, scale_PKS in self.scales:
+                copy(scale_PKS.at[run.page], ring.at[buffer])
 
             @pl.loop(*self.groups(run))
             def _(group):
@@ -131,9 +134,8 @@ class _Core:
         @pl.when(index >= 0)
         def _():
             run = self.run(index)
-            if self.pool.k_scale_PKS is not None:
-                copy(scratch.k_scale.at[buffer], self.pool.k_scale_PKS.at[run.page])
-                copy(scratch.v_scale.at[buffer], self.pool.v_scale_PKS.at[run.page])
+            for ring, scale_PKS in self.scales:
+                copy(ring.at[buffer], scale_PKS.at[run.page])
 
             @pl.loop(*self.groups(run))
             def _(group):
@@ -156,9 +158,8 @@ class _Core:
                 merged = jnp.where(taken, new_KSH, old_KSH)
                 pages[buffer, :, slots] = _packed(merged, pages.dtype)
 
-        if self.pool.k_scale_PKS is not None:
-            self.merge_scales(run, self.new.k_scale_PKS, scratch.k_scale.at[buffer])
-            self.merge_scales(run, self.new.v_scale_PKS, scratch.v_scale.at[buffer])
+        for (ring, _), new_KT in zip(self.scales, jax.tree.leaves(self.new)[2:], strict=True):
+            self.merge_scales(run, new_KT, ring.at[buffer])
 
     def merge_scales(self, run: _Run, new_KT: Any, scale_KS: Any) -> None:
         """The same for scales, which lie in lanes: token after token, and slot after slot."""

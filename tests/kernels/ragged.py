@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -73,7 +73,8 @@ def split(rows: Rows) -> Rows:
     """The same tokens as rows of one token each."""
     T, num_tokens = len(rows.positions_T), int(rows.num_tokens)
     real_T = np.arange(T) < num_tokens
-    return rows.replace(
+    return replace(
+        rows,
         rows_T=np.arange(T, dtype=np.int32),
         query_starts_B=np.arange(T, dtype=np.int32),
         query_lens_B=real_T.astype(np.int32),

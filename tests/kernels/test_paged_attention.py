@@ -7,8 +7,8 @@ import pytest
 
 from jaxinfer.errors import ShapeError
 from jaxinfer.kernels.paged_attention import paged_attention
-from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool, quantize, unpack, write_pages
+from tests.kernels.ragged import build, expected, split
 
 # (query length, context length with it) of each row; rows of one token come first.
 CASES = {
@@ -18,61 +18,6 @@ CASES = {
     "mixed": [(1, 9), (1, 32), (5, 5), (66, 80), (2, 33)],
     "nothing but padding": [],
 }
-
-
-def build(lens, *, num_tokens, num_rows, K, G, H, S, dtype=jnp.float32, seed=0):
-    """A ragged batch on shuffled pages, with NaN wherever nobody may look."""
-    rng = np.random.default_rng(seed)
-    M = 24
-    pages = list(rng.permutation(np.arange(1, 1 + max(len(lens), 1) * M)))
-    P = len(pages) + 1
-    q = rng.normal(size=(num_tokens, K, G, H))
-    k_pages = np.full((P, K, S, H), np.nan)
-    v_pages = np.full((P, K, S, H), np.nan)
-    k_new, v_new = np.zeros((num_tokens, K, H)), np.zeros((num_tokens, K, H))
-    tables = np.zeros((num_rows, M), np.int32)
-    positions, row_of = np.zeros(num_tokens, np.int32), np.full(num_tokens, num_rows - 1, np.int32)
-    starts, query_lens, kv_lens = (np.zeros(num_rows, np.int32) for _ in range(3))
-    contexts, offset = [], 0
-    for row, (queries, length) in enumerate(lens):
-        k, v = rng.normal(size=(2, length, K, H))
-        contexts.append((k, v))
-        need = -(-length // S)
-        tables[row, :need] = [pages.pop() for _ in range(need)]
-        for position in range(length - queries):
-            page, slot = tables[row, position // S], position % S
-            k_pages[page, :, slot], v_pages[page, :, slot] = k[position], v[position]
-        span = slice(offset, offset + queries)
-        k_new[span], v_new[span] = k[length - queries :], v[length - queries :]
-        positions[span], row_of[span] = np.arange(length - queries, length), row
-        starts[row], query_lens[row], kv_lens[row] = offset, queries, length
-        offset += queries
-    rows = Rows(
-        positions_T=positions, rows_T=row_of, query_starts_B=starts, query_lens_B=query_lens,
-        kv_lens_B=kv_lens, page_table_BM=tables, num_tokens=np.int32(offset),
-        num_rows=np.int32(len(lens)), num_single=np.int32(sum(q == 1 for q, _ in lens)),
-    )  # fmt: skip
-    arrays = [jnp.asarray(a, dtype) for a in (q, k_pages, v_pages, k_new, v_new)]
-    return arrays, jax.tree.map(jnp.asarray, rows), contexts
-
-
-def expected(q, lens, contexts, scale, window, soft_cap=None, sinks=None):
-    out, offset = np.zeros(q.shape), 0
-    for (queries, length), (k, v) in zip(lens, contexts, strict=True):
-        for index in range(queries):
-            position = length - queries + index
-            first = 0 if window is None else max(position - window + 1, 0)
-            scores = scale * np.einsum("KGH,PKH->KGP", q[offset], k[first : position + 1])
-            if soft_cap is not None:
-                scores = soft_cap * np.tanh(scores / soft_cap)
-            if sinks is not None:
-                scores = np.concatenate([scores, sinks[..., None]], -1)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
-            weights = weights[..., : position + 1 - first]
-            out[offset] = np.einsum("KGP,PKH->KGH", weights, v[first : position + 1])
-            offset += 1
-    return out
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -166,17 +111,7 @@ def test_a_row_per_token_gives_the_same():
         lens, num_tokens=14, num_rows=4, **kinds
     )
     pool = write_pages(Pool(k_pages, v_pages), k_new, v_new, rows)
-    each = np.minimum(np.asarray(rows.rows_T), 2)
-    split = rows.replace(
-        rows_T=jnp.arange(14),
-        query_starts_B=jnp.arange(14),
-        query_lens_B=jnp.ones(14, jnp.int32),
-        kv_lens_B=jnp.where(jnp.arange(14) < 12, rows.positions_T + 1, 0),
-        page_table_BM=rows.page_table_BM[each],
-        num_rows=jnp.int32(12),
-        num_single=jnp.int32(12),
-    )
-    out = np.asarray(paged_attention(q, pool, split, scale=0.3, window=6))
+    out = np.asarray(paged_attention(q, pool, split(rows), scale=0.3, window=6))
     want = expected(np.asarray(q, np.float64), lens, contexts, 0.3, 6)
     np.testing.assert_allclose(out[:12], want[:12], rtol=2e-5, atol=2e-5)
 
