@@ -68,10 +68,17 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Tpu:
-    """What the TPU compiler calls a chip.  host: the slice of chips that one host has."""
+    """What the compiler and the kernels must know of a TPU.
+
+    topology: what the compiler calls the chip.  host: the slice of chips that one host has.
+    vmem_bytes: vector memory that a kernel may use: less than all, for the program around it uses
+        some, too.  cores: how many act as one device.
+    """
 
     topology: str
     host: str
+    vmem_bytes: int
+    cores: int
 
 
 @dataclass(frozen=True, kw_only=True)

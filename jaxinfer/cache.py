@@ -5,10 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from jaxinfer import shardings
 from jaxinfer.config import ModelConfig
+from jaxinfer.configs import Chip
+from jaxinfer.kernels.choice import PageOps, choose
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 
 # What `kv_cache_dtype` calls the formats whose numpy name is another.
@@ -37,14 +40,24 @@ def _width(config: ModelConfig, dtype: jnp.dtype) -> int:
 
 
 def abstract(
-    config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    *,
+    row_major: bool = False,
 ) -> Cache:
-    """The cache's shapes, dtypes and shardings, without its memory."""
+    """The cache's shapes, dtypes and shardings, without its memory.
+
+    row_major: the kernels need its arrays in the order of their axes, which XLA may not choose.
+    """
     sizes = {**config.sizes, "P": num_pages, "S": page_size, "H": _width(config, dtype)}
 
     def array(axes: str, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        shape = tuple(sizes[axis] for axis in axes)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.named(mesh, axes))
+        shape, place = tuple(sizes[axis] for axis in axes), shardings.named(mesh, axes)
+        order = Layout(tuple(range(len(axes)))) if row_major else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=Format(order, place))
 
     pages = array("PKSH", dtype)
     scales = array("PKS", jnp.dtype(jnp.float32)) if dtype.name in LARGEST else None
@@ -56,3 +69,28 @@ def bytes_per_slot(config: ModelConfig, dtype: jnp.dtype) -> int:
     scale_bytes = 4 if dtype.name in LARGEST else 0
     one = _width(config, dtype) * dtype.itemsize + scale_bytes
     return 2 * config.num_layers * config.num_kv_heads * one
+
+
+def operations(
+    asked: str,
+    chip: Chip | None,
+    config: ModelConfig,
+    page_size: int,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+    mesh: Mesh,
+) -> PageOps:
+    """The operations over pages that serve a model on a mesh of these chips: see `choice.choose`.
+
+    asked: `EngineConfig.attention_backend`.
+    """
+    pool = abstract(config, 1, page_size, cache_dtype, mesh).pools[0]
+    queries = jax.ShapeDtypeStruct(
+        tuple(config.sizes[axis] if axis != "T" else 1 for axis in "TKGH"), dtype,
+        sharding=shardings.named(mesh, "TKGH"),
+    )  # fmt: skip
+
+    def one_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
+    return choose(asked, chip, *jax.tree.map(one_device, (queries, pool)))

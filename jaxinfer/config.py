@@ -19,6 +19,7 @@ _TYPES = {
 }  # fmt: skip
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
+ATTENTION_BACKENDS = ("reference", "mosaic_tpu", "mosaic_gpu")
 SCHEDULING_POLICIES = ("guaranteed_no_evict", "max_utilization")
 
 
@@ -277,7 +278,7 @@ class EngineConfig:
         elsewhere.
     max_seq_len: longest prompt plus output, in tokens; None: the model's limit, or what the KV
         cache holds if that is less.
-    page_size: token slots in a page of the KV cache; None: 32.
+    page_size: token slots in a page of the KV cache; None: 32 on CPU, 64 on GPU, 128 on TPU.
     num_pages: pages of the KV cache, the dump page included; None: sized from the memory.
     free_memory_fraction: share of the device memory left after the weights that the KV cache may
         take.
@@ -286,6 +287,8 @@ class EngineConfig:
         there; "max_utilization" admits by present need and preempts (recomputes) when pages end.
     tensor_parallel_size: devices that each layer is split over.
     devices: the jax devices to use; None: the first ones present.
+    attention_backend: kernels that attention runs on: "reference" (plain JAX), "mosaic_tpu",
+        "mosaic_gpu", or "auto": the device's own if they can serve the model, else the reference.
     overlap: plan the next step while the device runs the current one.
     deterministic: one bucket for all steps, so results are bit-identical in any company.
     """
@@ -306,6 +309,7 @@ class EngineConfig:
     scheduling_policy: str = "guaranteed_no_evict"
     tensor_parallel_size: int = 1
     devices: tuple[Any, ...] | None = None
+    attention_backend: str = "auto"
     overlap: bool = True
     deterministic: bool = False
 
@@ -318,6 +322,7 @@ class EngineConfig:
         _one_of(self, "kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))
         _one_of(self, "load_format", ("auto", "dummy"))
         _one_of(self, "scheduling_policy", SCHEDULING_POLICIES)
+        _one_of(self, "attention_backend", ("auto", *ATTENTION_BACKENDS))
         if not 0 < self.free_memory_fraction <= 1:
             raise ConfigError(
                 "EngineConfig.free_memory_fraction must be above 0 and at most 1, got "

@@ -15,9 +15,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxinfer.config import ModelConfig, RopeScaling
-from jaxinfer.kernels.paged_attention import capped, paged_attention
+from jaxinfer.kernels.choice import PageOps
+from jaxinfer.kernels.paged_attention import capped
 from jaxinfer.kernels.rows import Rows
-from jaxinfer.kernels.write_pages import Pool, write_pages
+from jaxinfer.kernels.write_pages import Pool
 from jaxinfer.shapes import dims
 from jaxinfer.shardings import spec
 
@@ -118,6 +119,7 @@ def attention(
     rope: tuple[Array, Array] | None,
     config: ModelConfig,
     window: int | None,
+    ops: PageOps,
 ) -> tuple[Array, Pool]:
     """Self-attention over the paged cache: returns the layer's output [T, D] and the written pool.
 
@@ -141,10 +143,10 @@ def attention(
 
     def write_and_attend(q_TKGH, k_TKH, v_TKH, pool, rows):
         # First write, then attend: the other order costs two copies of the cache.
-        pool = write_pages(pool, k_TKH, v_TKH, rows)
+        pool = ops.write_pages(pool, k_TKH, v_TKH, rows)
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         soft_cap = config.attention_soft_cap
-        attended_TKGH = paged_attention(
+        attended_TKGH = ops.paged_attention(
             q_TKGH, pool, rows, scale=scale, window=window, soft_cap=soft_cap
         )
         return attended_TKGH, pool

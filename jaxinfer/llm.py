@@ -65,6 +65,7 @@ class LLM:
             loaded.sizes.num_pages,
             loaded.dtype,
             loaded.cache_dtype,
+            loaded.ops,
         )
         self._weights, self._tokenizer_folder = loaded.weights, loaded.tokenizer_folder
         self._state = self.step.initial_state()

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from jaxinfer import cache, checkpoint, planner, saving, shardings
 from jaxinfer.checkpoint import ModelFiles
 from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.configs import find_chip
 from jaxinfer.hardware import enable_compile_cache, free_bytes
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.models import decoder
 from jaxinfer.planner import Sizes
 from jaxinfer.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ class Loaded:
     dtype: jnp.dtype
     cache_dtype: jnp.dtype
     sizes: Sizes
+    ops: PageOps
     tokenizer: Tokenizer | None
     tokenizer_folder: Path | None
     weights: dict[str, Any]
@@ -68,17 +71,23 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         dtype_bytes=dtype.itemsize,
     )
     logger.info("memory per device:\n%s", sizes.memory.table())
+    config = files.config.for_length(sizes.limits.max_seq_len)
+    ops = cache.operations(
+        engine.attention_backend, find_chip(device.device_kind), config, sizes.limits.page_size,
+        dtype, cache_dtype, mesh,
+    )  # fmt: skip
+    logger.info("attention runs on %s: %s", ops.backend, ops.why)
     tokenizer = None
     if not engine.skip_tokenizer_init:
         tokenizer = Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
     weights = _weights(files, engine, declared, places, dtype)
-    config = files.config.for_length(sizes.limits.max_seq_len)
     return Loaded(
         config,
         mesh,
         dtype,
         cache_dtype,
         sizes,
+        ops,
         tokenizer,
         _tokenizer_folder(files, engine),
         weights,

@@ -14,6 +14,8 @@ from jaxinfer.scheduler import Limits
 
 GIB = 2**30
 
+# Small pages waste less and are shared more; those of GPUs and TPUs must fill tiles.
+PAGE_SIZES = {"gpu": 64, "tpu": 128}
 # On CPU the cache competes with everything else in the machine, so it stays at this unless told.
 CPU_CACHE_CAP = 2 * GIB
 
@@ -63,7 +65,7 @@ def size(
     weights, or a cache for one sequence, do not fit.
     """
     on_cpu = platform == "cpu"
-    page_size = engine.page_size or 32
+    page_size = engine.page_size or PAGE_SIZES.get(platform, 32)
     bytes_per_page = page_size * bytes_per_slot
     max_batch_size = engine.max_batch_size or (32 if on_cpu else 256)
     max_num_tokens = engine.max_num_tokens or max(256 if on_cpu else 2048, max_batch_size)

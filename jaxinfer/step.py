@@ -27,6 +27,7 @@ from jaxinfer import cache, shardings
 from jaxinfer.batch import Batch, Buckets, Inputs, Selection
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.models import decoder
 from jaxinfer.sampling import Sampled, SamplingTable, sample
@@ -50,13 +51,19 @@ class State:
 
 
 def backbone(
-    weights: dict[str, Any], state: State, inputs: Inputs, *, config: ModelConfig, num_hidden: int
+    weights: dict[str, Any],
+    state: State,
+    inputs: Inputs,
+    *,
+    config: ModelConfig,
+    ops: PageOps,
+    num_hidden: int,
 ) -> tuple[State, Array]:
     """Run the tokens through the layers; returns hidden states of the selected ones, padded with
     zeros to `[num_hidden, D]`, so that one program of the head fits every backbone."""
     rows = inputs.rows
     tokens_T = state.history_BT[inputs.slots_B[rows.rows_T], rows.positions_T]
-    written, hidden_TD = decoder.forward(weights, state.cache, tokens_T, rows, config)
+    written, hidden_TD = decoder.forward(weights, state.cache, tokens_T, rows, config, ops)
     hidden_BD = hidden_TD[inputs.selected_B]
     hidden_BD = jnp.pad(hidden_BD, [(0, num_hidden - len(hidden_BD)), (0, 0)])
     return dataclasses.replace(state, cache=written), hidden_BD
@@ -106,16 +113,19 @@ class Step:
         num_pages: int,
         dtype: jnp.dtype,
         cache_dtype: jnp.dtype,
+        ops: PageOps,
     ):
         self.config, self.mesh, self.limits, self.buckets = config, mesh, limits, buckets
-        self.dtype = dtype
+        self.dtype, self.ops = dtype, ops
         whole = shardings.replicated(mesh)
         history = jax.ShapeDtypeStruct(
             (limits.max_batch_size + 1, limits.pages_per_row * limits.page_size),
             jnp.int32,
             sharding=whole,
         )
-        pool = cache.abstract(config, num_pages, limits.page_size, cache_dtype, mesh)
+        pool = cache.abstract(
+            config, num_pages, limits.page_size, cache_dtype, mesh, row_major=ops.row_major
+        )
         self.abstract_state = State(cache=pool, history_BT=history)
         self.compile_seconds = 0.0
         self._backbones: dict[int, Any] = {}
@@ -123,12 +133,15 @@ class Step:
 
     def initial_state(self) -> State:
         """Zeros on the devices."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
         def zeros() -> State:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract_state)
 
-        return jax.jit(zeros, out_shardings=places)()
+        return jax.jit(zeros, out_shardings=self._formats())()
+
+    def _formats(self) -> State:
+        """Where the state's arrays lie, and in which order of their axes if that is prescribed."""
+        return jax.tree.map(lambda leaf: leaf.format, self.abstract_state)
 
     def __call__(
         self, weights: dict[str, Any], state: State, batch: Batch
@@ -211,11 +224,14 @@ class Step:
 
         def run(weights, state, inputs):
             return backbone(
-                weights, state, inputs, config=self.config, num_hidden=self.limits.max_batch_size
-            )
+                weights, state, inputs, config=self.config, ops=self.ops,
+                num_hidden=self.limits.max_batch_size,
+            )  # fmt: skip
 
         run.__name__ = f"backbone_{size}"
-        return jax.jit(run, donate_argnums=1).lower(weights, self.abstract_state, inputs)
+        places = self._formats(), shardings.replicated(self.mesh)
+        jitted = jax.jit(run, donate_argnums=1, out_shardings=places)
+        return jitted.lower(weights, self.abstract_state, inputs)
 
     def lower_head(self, weights: dict[str, Any], table: SamplingTable, size: int) -> Lowered:
         """Head and sampler for `size` rows."""

@@ -46,8 +46,11 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
             wide_smem=tiled((t.groups, t.block, p.H), p.operand, swizzled),
         )
     if t.split:
+        # Parts leave a few columns at a time, the fewer the less room there is.
+        crowded = p.H % 32 == 0 and t.rows * p.H > 64 * 128
+        columns = 32 if crowded else columns_at_once(p.H)
         types |= dict(
-            acc_smem=tiled((t.groups, t.rows, columns_at_once(p.H)), jnp.float32),
+            acc_smem=tiled((t.groups, t.rows, columns), jnp.float32),
             stat_smem=plgpu.SMEM((t.groups, 2, t.rows), jnp.float32),
         )
     return types | unit.scratch(t.groups, t.block, p.H, p.operand)
@@ -87,7 +90,7 @@ def attend(
     p, t = problem, tiling
     # A page in pieces of at most a block: the copy engine takes whole pieces.
     piece = min(t.block, p.S)
-    inputs = dict(q=q, k=pool.k_PKSH, v=pool.v_PKSH)
+    inputs: dict[str, Any] = dict(q=q, k=pool.k_PKSH, v=pool.v_PKSH)
     if p.quantized:
         inputs |= dict(k_scale=pool.k_scale_PKS, v_scale=pool.v_scale_PKS)
     for name in set(inputs) - {"q"}:

@@ -10,6 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxinfer.kernels.paged_attention_gpu_units import load
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
     COMPUTE_REGISTERS,
@@ -21,7 +22,7 @@ from jaxinfer.kernels.paged_attention_gpu_work import (
     Worker,
     div,
     rem,
-)  # fmt: skip
+)
 
 
 def columns_at_once(width: int) -> int:
@@ -129,7 +130,7 @@ class Computer(Worker):
         # Scores times `factor` are in base 2: the multiplication fuses with the subtraction below.
         factor = p.scale * (LOG2E if p.soft_cap is None else 1)
         if p.quantized:
-            scale = plgpu.load(scratch["k_scale_smem"].at[slot], layout=column) * factor
+            scale = load(scratch["k_scale_smem"].at[slot], layout=column) * factor
             scores, factor = scores * lax.broadcast_in_dim(scale, scores.shape, [1]), 1
         if p.soft_cap is not None:
             # tanh(x) = 1 - 2 / (exp(2x) + 1); the chip's own tanh is good to three digits only.
@@ -142,7 +143,7 @@ class Computer(Worker):
         total = total * shrink + weights.sum(axis=1)
         written = self.kv_len - start
         if p.quantized:
-            scale = plgpu.load(scratch["v_scale_smem"].at[slot], layout=column)
+            scale = load(scratch["v_scale_smem"].at[slot], layout=column)
             at = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=column)
             scale = jnp.where(at < written, scale * p.lift, 0.0)  # an unwritten scale may be NaN
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
@@ -161,7 +162,7 @@ class Computer(Worker):
         step = columns_at_once(p.width)
         for at in range(0, p.width, step):
             columns = pl.ds(at, step)
-            stored = plgpu.load(ref.at[:, columns], layout=_row_layout(step))
+            stored = load(ref.at[:, columns], _row_layout(step))
             if p.stored == "uint8":
                 # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
                 low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
@@ -182,7 +183,7 @@ class Computer(Worker):
         step = columns_at_once(self.p.width)
         for at in range(0, self.p.H, step):
             piece = v_ref.at[:, pl.ds(at, step)]
-            value = plgpu.load(piece, layout=_row_layout(step))
+            value = load(piece, layout=_row_layout(step))
             slot = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=_row_layout(step))
             piece[...] = jnp.where(slot < written, value, 0)
         plgpu.commit_smem()
@@ -211,7 +212,7 @@ class Computer(Worker):
         acc, peak, total = carry
         if "sinks" in self.inputs:
             row = self.unit.LAYOUT.reduce(1)
-            sink = plgpu.load(self.inputs["sinks"].at[head], layout=row, optimized=False)
+            sink = load(self.inputs["sinks"].at[head], layout=row, optimized=False)
             new_peak = jnp.maximum(peak, sink)
             shrink = jnp.exp2(peak - new_peak)
             total = total * shrink + jnp.exp2(sink - new_peak)

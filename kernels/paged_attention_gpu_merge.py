@@ -8,6 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxinfer.kernels.paged_attention_gpu_units import load
 from jaxinfer.kernels.paged_attention_gpu_work import FLOOR
 
 # Eight rows of values over a warpgroup: two rows a warp, sixteen columns beside each other.
@@ -37,9 +38,6 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
 
         first, last = starts[row] * parts, starts[row + 1] * parts
 
-        def load(ref, layout):
-            return plgpu.load(ref, layout=layout, optimized=False)
-
         def over_columns(x):
             return lax.broadcast_in_dim(x, (padded, width), [0])
 
@@ -50,10 +48,14 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
                 index = first + turn * AT_ONCE + n
                 at = jnp.minimum(index, last - 1)
                 part = (lax.div(at, jnp.int32(parts)), head, lax.rem(at, jnp.int32(parts)))
-                other_peak = load(stat.at[(*part, 0, pl.ds(0, padded))], LAYOUT.reduce(1))
-                other_total = load(stat.at[(*part, 1, pl.ds(0, padded))], LAYOUT.reduce(1))
+                other_peak = load(
+                    stat.at[(*part, 0, pl.ds(0, padded))], LAYOUT.reduce(1), optimized=False
+                )
+                other_total = load(
+                    stat.at[(*part, 1, pl.ds(0, padded))], LAYOUT.reduce(1), optimized=False
+                )
                 other_peak += jnp.where(index < last, 0.0, 2 * FLOOR)
-                found.append((other_peak, other_total, load(acc.at[part], LAYOUT)))
+                found.append((other_peak, other_total, load(acc.at[part], LAYOUT, optimized=False)))
             new_peak = peak
             for other_peak, _, _ in found:
                 new_peak = jnp.maximum(new_peak, other_peak)
@@ -66,7 +68,7 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
             return total, new_peak, values
 
         zeros = plgpu.layout_cast(jnp.zeros((padded, width), jnp.float32), LAYOUT)
-        peak = load(seed.at[head], LAYOUT.reduce(1))
+        peak = load(seed.at[head], LAYOUT.reduce(1), optimized=False)
         total = jnp.where(peak > FLOOR, 1.0, 0.0)
         turns = lax.div(last - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
         total, _, values = lax.fori_loop(0, turns, fold, (total, peak, zeros))

@@ -25,6 +25,12 @@ def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
+    """What a reference holds, in registers; `optimized`: refuse to do it slowly."""
+    # JAX 0.10, which these kernels do not run with, had one argument more.
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
+
+
 class Wgmma:
     """Hopper (sm_90a): the products of a warpgroup, accumulated in its registers."""
 
@@ -47,7 +53,9 @@ class Wgmma:
             plgpu.wgmma(acc_ref, q_ref, k_ref.transpose((1, 0)))
             return acc_ref[...]
 
-        return pl.run_scoped(multiply, plgpu.ACC((q_ref.shape[0], k_ref.shape[0]), jnp.float32))
+        return pl.run_scoped(
+            multiply, plgpu.WGMMAAccumulatorRef((q_ref.shape[0], k_ref.shape[0]), jnp.float32)
+        )
 
     def weigh(self, acc: Array, weights: Array, v_ref: Any) -> Array:
         """`[rows, H]`: acc plus weights `[rows, block]` times values `[block, H]`."""
@@ -55,7 +63,8 @@ class Wgmma:
         def multiply(acc_ref):
             plgpu.wgmma(acc_ref, weights, v_ref)
 
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        start: Any = plgpu.WGMMAAccumulatorRef.init(acc)
+        return pl.run_state(multiply)(start)
 
 
 class Tcgen05:
@@ -75,12 +84,12 @@ class Tcgen05:
         )
 
     def __init__(self, scratch: dict[str, Any], group: Array):
-        self.scratch, self.group = scratch, group
+        self.refs, self.group = scratch, group
 
     def _multiply(self, name: str, left_ref: Any, right_ref: Any) -> Array:
         columns = right_ref.shape[1]
-        out_tmem = self.scratch[name].at[:, pl.ds(self.group * columns, columns)]
-        done = self.scratch["product"].at[self.group]
+        out_tmem = self.refs[name].at[:, pl.ds(self.group * columns, columns)]
+        done = self.refs["product"].at[self.group]
         plgpu.tcgen05_mma(out_tmem, left_ref, right_ref, done, accumulate=False)
         plgpu.barrier_wait(done)
         out = plgpu.async_load_tmem(out_tmem, layout=self.LAYOUT)
@@ -91,7 +100,7 @@ class Tcgen05:
         return self._multiply("scores_tmem", q_ref, k_ref.transpose((1, 0)))
 
     def weigh(self, acc: Array, weights: Array, v_ref: Any) -> Array:
-        weights_ref = self.scratch["weights_smem"].at[self.group]
+        weights_ref = self.refs["weights_smem"].at[self.group]
         weights_ref[...] = weights
         plgpu.commit_smem()
         return acc + self._multiply("values_tmem", weights_ref, v_ref)

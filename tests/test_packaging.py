@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "configs": "config",
     "hardware": "errors",
     "aot": "checkpoint options step",
-    "kernels": "shapes",
+    "kernels": "configs shapes",
     "shardings": "shapes config",
     "cache": "config kernels shardings",
     "layers": "config kernels shardings",

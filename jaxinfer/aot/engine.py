@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jaxinfer.aot import isolate
 from jaxinfer.aot import target as targets
 from jaxinfer.aot.report import Report
-from jaxinfer.config import DTYPES, ModelConfig
+from jaxinfer.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, ModelConfig
+from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError, InsufficientMemoryError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Workload:
     kv_cache_dtype: of the cache; "auto": `dtype`.
     tensor_parallel_size: devices that each layer is split over.
     page_size: token slots in a page of the cache.
+    attention_backend: as `EngineConfig.attention_backend`.
     """
 
     model: str
@@ -39,15 +41,19 @@ class Workload:
     kv_cache_dtype: str = "auto"
     tensor_parallel_size: int = 1
     page_size: int = 32
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "prefill", "tensor_parallel_size", "page_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number above 0, got {value!r}")
-        for name in ("dtype", "kv_cache_dtype"):
-            if getattr(self, name) not in ("auto", *DTYPES):
-                known = ", ".join(("auto", *DTYPES))
+        for name, names in (
+            ("dtype", DTYPES), ("kv_cache_dtype", KV_CACHE_DTYPES),
+            ("attention_backend", ATTENTION_BACKENDS),
+        ):  # fmt: skip
+            if getattr(self, name) not in ("auto", *names):
+                known = ", ".join(("auto", *names))
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
 
 
@@ -136,7 +142,7 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
 
     from jaxinfer.aot.compile import finish
 
-    step, weights, table = abstract_engine(targets.devices(target), workload)
+    step, weights, table = abstract_engine(targets.devices(target), workload, target.chip)
     limits, pages = step.limits, step.limits.pages_per_row
     lowerings = {
         "decode": (lambda: step.lower_backbone(weights, workload.batch), pages),
@@ -157,12 +163,17 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
     return _estimate(target, workload, step, weights, programs, refused)
 
 
-def abstract_engine(devices: list[Any], workload: Workload) -> tuple[Step, dict[str, Any], Any]:
-    """The engine's step over these devices, and its weights and sampling table without memory."""
+def abstract_engine(
+    devices: list[Any], workload: Workload, chip: Chip | None = None
+) -> tuple[Step, dict[str, Any], Any]:
+    """The engine's step over these devices, and its weights and sampling table without memory.
+
+    chip: what the devices are; None: none that has a sheet.
+    """
     import jax
     import jax.numpy as jnp
 
-    from jaxinfer import checkpoint, shardings
+    from jaxinfer import cache, checkpoint, shardings
     from jaxinfer.batch import Buckets
     from jaxinfer.models import decoder
     from jaxinfer.sampling import SamplingRows
@@ -187,10 +198,13 @@ def abstract_engine(devices: list[Any], workload: Workload) -> tuple[Step, dict[
     buckets = Buckets((limits.max_num_tokens,), (workload.batch,), max_rows=workload.batch)
     dtype = jnp.dtype(config.dtype if workload.dtype == "auto" else workload.dtype)
     kept = workload.kv_cache_dtype
-    cache_dtype = dtype if kept == "auto" else jnp.dtype(kept)
+    cache_dtype = cache.stored_dtype(dtype.name if kept == "auto" else kept)
     num_pages = workload.batch * limits.pages_per_row + 1
     config = config.for_length(workload.context)
-    step = Step(config, mesh, limits, buckets, num_pages, dtype, cache_dtype)
+    ops = cache.operations(
+        workload.attention_backend, chip, config, limits.page_size, dtype, cache_dtype, mesh
+    )
+    step = Step(config, mesh, limits, buckets, num_pages, dtype, cache_dtype, ops)
 
     whole = shardings.replicated(mesh)
     table = SamplingRows(

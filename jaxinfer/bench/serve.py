@@ -176,6 +176,7 @@ def engine_section(llm: LLM, model: str) -> dict[str, Any]:
         "dtype": str(llm.step.dtype),
         "kv_cache_dtype": str(llm.step.abstract_state.cache.pools[0].k_PKSH.dtype),
         "quantization": None,
+        "attention_backend": llm.step.ops.backend,
     }
 
 

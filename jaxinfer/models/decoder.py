@@ -14,6 +14,7 @@ from jax import Array
 from jaxinfer import layers
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.shapes import letters
 
@@ -59,6 +60,7 @@ def forward(
     tokens_T: Array,
     rows: Rows,
     config: ModelConfig,
+    ops: PageOps,
 ) -> tuple[Cache, Array]:
     """Run the step's tokens through all layers: returns the written cache and hidden states [T, D].
 
@@ -71,7 +73,7 @@ def forward(
     for i, (layer, pool) in enumerate(zip(weights["layers"], cache.pools, strict=True)):
         normed_TD = layers.norm(x_TD, layer.get("attn_norm_D"), config)
         attended_TD, pool = layers.attention(
-            layer, normed_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i)
+            layer, normed_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i), ops
         )
         pools.append(pool)
         attended_TD = layers.norm(attended_TD, layer.get("attn_post_norm_D"), config)

@@ -22,8 +22,9 @@ from jaxinfer.kernels.paged_attention_gpu_work import Problem
 SCALE = 0.2
 # Queries, weights and results are bfloat16: 2^-9 each of values of a few.
 CLOSE = 2e-2
-HOPPER = attention.Gpu(capability=(9, 0), multiprocessors=2, shared_bytes=232_448)
-BLACKWELL = replace(HOPPER, capability=(10, 0))
+# Few multiprocessors: each has several items, and a ring that goes on from one to the next.
+HOPPER = attention.Gpu(capability=(9, 0), multiprocessors=1, shared_bytes=232_448)
+BLACKWELL = replace(HOPPER, capability=(10, 0), multiprocessors=2)
 
 
 class Interpreted(units.Wgmma):
@@ -41,7 +42,8 @@ def interpreter(monkeypatch):
     monkeypatch.setitem(units.UNITS, 9, Interpreted)
     # A part holds few slots, or no row here would have two.
     monkeypatch.setattr(attention, "SHORTEST_PART", 64)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(uninitialized_memory="nan")):
+    parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]
+    with plgpu.force_gpu_interpret_mode(parameters):  # pyright: ignore[reportAttributeAccessIssue]
         yield
 
 
@@ -130,5 +132,5 @@ def test_a_row_does_not_depend_on_its_company():
 
     quick = jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0})
     together = np.asarray(quick(batch.rows))
-    alone = batch.rows.replace(kv_lens_B=np.where(np.arange(7) == 1, batch.rows.kv_lens_B, 0))
+    alone = replace(batch.rows, kv_lens_B=np.where(np.arange(7) == 1, batch.rows.kv_lens_B, 0))
     np.testing.assert_array_equal(np.asarray(quick(alone))[1], together[1])

@@ -1,0 +1,130 @@
+"""Which implementation of the operations over pages serves an engine: one function of the chip, the
+shapes and the dtypes.
+
+An engine asks once, at its start, and logs the answer.  A backend that was asked for by name serves
+or raises; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+
+from jaxinfer.configs import Chip
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import paged_attention as reference_attention
+from jaxinfer.kernels import write_pages as reference_write
+from jaxinfer.kernels.write_pages import Pool
+
+# Release of jax from which Pallas' Mosaic GPU backend has what the kernels use.
+GPU_NEEDS_JAX = (0, 11)
+
+
+@dataclass(frozen=True)
+class PageOps:
+    """The operations over pages of one backend, with the facts of the hardware bound in.
+
+    paged_attention, write_pages: as in the modules of these names.
+    why: what decided for this backend, in words.
+    row_major: pools must lie in memory in the order of their axes (see `tpu.row_major`).
+    """
+
+    backend: str
+    paged_attention: Callable[..., Array]
+    write_pages: Callable[..., Pool]
+    why: str = "asked for"
+    row_major: bool = False
+
+
+REFERENCE = PageOps("reference", reference_attention.paged_attention, reference_write.write_pages)
+
+
+def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
+    """The operations that serve queries and a pool of these shapes and dtypes.
+
+    asked: a backend, or "auto": the chip's own if it can serve, else the reference.
+    chip: its sheet; None for CPUs and chips without one.
+    q_TKGH, pool: what one device has of them, as arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises `ConfigError` if the backend that was asked for cannot serve: says why, and which can.
+    """
+    refusals = {name: refuse(chip, q_TKGH, pool) for name, (refuse, _) in _KERNELS.items()}
+    serving = [name for name, refusal in refusals.items() if refusal is None]
+    if asked == "auto":
+        if chip is None or not serving:
+            own = None if chip is None else refusals["mosaic_gpu" if chip.gpu else "mosaic_tpu"]
+            return PageOps(
+                REFERENCE.backend, REFERENCE.paged_attention, REFERENCE.write_pages,
+                why=own or "there are kernels for TPUs and NVIDIA GPUs only",
+            )  # fmt: skip
+        return _KERNELS[serving[0]][1](chip, f"serves {chip.name}")
+    if asked == "reference":
+        return REFERENCE
+    if refusals[asked] is not None:
+        raise ConfigError(
+            f"EngineConfig.attention_backend: {asked} cannot serve here: {refusals[asked]}; what "
+            f"can: {', '.join(['reference', *serving])}"
+        )
+    assert chip is not None
+    return _KERNELS[asked][1](chip, "asked for")
+
+
+def _refuse_tpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
+    if chip is None or chip.tpu is None:
+        return "the device is no TPU that has a sheet in configs/hardware"
+    from jaxinfer.kernels import tpu
+
+    return tpu.unsupported(chip.name, q_TKGH.dtype, pool)
+
+
+def _make_tpu(chip: Chip, why: str) -> PageOps:
+    from jaxinfer.kernels.paged_attention_tpu import paged_attention
+    from jaxinfer.kernels.write_pages_tpu import write_pages
+
+    assert chip.tpu is not None
+    facts = {"vmem_bytes": chip.tpu.vmem_bytes, "num_cores": chip.tpu.cores}
+    return PageOps(
+        "mosaic_tpu", partial(paged_attention, **facts), partial(write_pages, **facts), why,
+        row_major=True,
+    )  # fmt: skip
+
+
+def _refuse_gpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
+    if chip is None or chip.gpu is None:
+        return "the device is no NVIDIA GPU that has a sheet in configs/hardware"
+    if jax.__version_info__ < GPU_NEEDS_JAX:
+        return (
+            f"the GPU kernels need jax {'.'.join(map(str, GPU_NEEDS_JAX))}, found {jax.__version__}"
+        )
+    from jaxinfer.kernels.paged_attention_gpu import why_not
+
+    return why_not(_gpu(chip), q_TKGH, pool)
+
+
+def _make_gpu(chip: Chip, why: str) -> PageOps:
+    from jaxinfer.kernels.paged_attention_gpu import paged_attention
+
+    # XLA's own scatter writes a few slots in place, at no more than their bytes.
+    return PageOps(
+        "mosaic_gpu", partial(paged_attention, gpu=_gpu(chip)), REFERENCE.write_pages, why
+    )
+
+
+def _gpu(chip: Chip) -> Any:
+    from jaxinfer.kernels.paged_attention_gpu import Gpu
+
+    assert chip.gpu is not None
+    major, minor = chip.gpu.compute_capability.rstrip("a").split(".")
+    return Gpu((int(major), int(minor)), chip.gpu.sm_count, chip.gpu.shared_memory_per_block)
+
+
+# Of each backend with kernels: why it cannot serve (None if it can), and its operations.
+_KERNELS: dict[str, tuple[Callable[..., str | None], Callable[[Chip, str], PageOps]]] = {
+    "mosaic_tpu": (_refuse_tpu, _make_tpu),
+    "mosaic_gpu": (_refuse_gpu, _make_gpu),
+}
