@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from jaxinfer.errors import ConfigError
@@ -314,10 +315,15 @@ class EngineConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokenizer, Path):
+            object.__setattr__(self, "tokenizer", str(self.tokenizer))
         _positive(
             self, "max_batch_size", "max_num_tokens", "max_seq_len", "page_size", "num_pages",
             "tensor_parallel_size",
         )  # fmt: skip
+        _check_types(self)
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"EngineConfig.seed must be 0 or more, got {self.seed}")
         _one_of(self, "dtype", ("auto", *DTYPES))
         _one_of(self, "kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))
         _one_of(self, "load_format", ("auto", "dummy"))
@@ -333,7 +339,11 @@ class EngineConfig:
                 "EngineConfig.num_pages must be at least 2: page 0 is the dump page for padding"
             )
         if self.devices is not None:
-            object.__setattr__(self, "devices", tuple(self.devices))
+            if not isinstance(self.devices, Iterable) or not (devices := tuple(self.devices)):
+                raise ConfigError(
+                    f"EngineConfig.devices must be a list of jax devices, got {self.devices!r}"
+                )
+            object.__setattr__(self, "devices", devices)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -59,6 +59,12 @@ def test_rope_scaling_is_checked():
         ({"dtype": "fp64"}, "dtype must be one of auto"),
         ({"load_format": "gguf"}, "load_format must be one of auto, dummy"),
         ({"num_pages": 1}, "num_pages must be at least 2"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"overlap": "no"}, "overlap must be true or false"),
+        ({"free_memory_fraction": "all"}, "free_memory_fraction must be a number"),
+        ({"devices": []}, r"devices must be a list of jax devices, got \[\]"),
+        ({"devices": 2}, "devices must be a list of jax devices, got 2"),
     ],
 )
 def test_engine_options(fields, message):
