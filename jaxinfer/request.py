@@ -7,7 +7,7 @@ alike; the caller sees one `RequestOutput` with `n` `CompletionOutput`s.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -22,6 +22,25 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKEN_IDS = 16
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, of Python or of NumPy; true and false are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _entries(name: str, value: Any) -> tuple[Any, ...]:
+    """The entries of a field that holds a list; None has none."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable | None):
+        raise RequestError(f"SamplingParams.{name} must be a list, got {value!r}")
+    return () if value is None else tuple(value)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    ids = _entries(name, value)
+    if not all(map(is_whole, ids)):
+        raise RequestError(f"SamplingParams.{name} must hold token ids, got {value!r}")
+    return tuple(map(int, ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +95,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
-            strings = (value,) if isinstance(value, str) else tuple(value or ())
+            strings = (value,) if isinstance(value, str) else _entries(name, value)
             if not all(isinstance(s, str) and s for s in strings):
                 raise RequestError(f"SamplingParams.{name} must hold non-empty strings")
             object.__setattr__(self, name, strings)
+        stops = _token_ids("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stops)
+        name = "bad_words_token_ids"
+        words = tuple(_token_ids(name, word) for word in _entries(name, self.bad_words_token_ids))
+        object.__setattr__(self, name, words)
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize",
+                     "skip_special_tokens"):  # fmt: skip
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(
+                    f"SamplingParams.{name} must be true or false, got {getattr(self, name)!r}"
+                )
         self._check_ranges()
         self._check_widths()
 
@@ -120,6 +150,11 @@ class SamplingParams:
             check("seed", 0, 2**64 - 1, whole=True)
 
     def _check_widths(self) -> None:
+        bias = self.logit_bias
+        if bias is not None and not (isinstance(bias, Mapping) and all(map(is_whole, bias))):
+            raise RequestError(
+                f"SamplingParams.logit_bias must map token ids to numbers, got {bias!r}"
+            )
         widths = {
             "logit_bias": (len(self.logit_bias or ()), MAX_LOGIT_BIAS),
             "stop_token_ids": (len(self.stop_token_ids), MAX_STOP_TOKEN_IDS),

@@ -38,11 +38,30 @@ def test_defaults_are_those_of_vllm():
         ({"stop_token_ids": list(range(17))}, "stop_token_ids has 17 entries"),
         ({"bad_words_token_ids": [[]]}, "bad_words_token_ids"),
         ({"bad_words_token_ids": [[1] * 9]}, "a word must have 1 to 8 tokens"),
+        ({"stop": 5}, "stop must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids must hold token ids"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids must hold token ids"),
+        ({"bad_words_token_ids": [5]}, "bad_words_token_ids must be a list"),
+        ({"bad_words_token_ids": [["a"]]}, "bad_words_token_ids must hold token ids"),
+        ({"ignore_eos": "no"}, "ignore_eos must be true or false, got 'no'"),
+        ({"detokenize": None}, "detokenize must be true or false"),
     ],
 )
 def test_bad_values_are_named(fields, message):
     with pytest.raises(RequestError, match=message):
         SamplingParams.from_dict(fields)
+
+
+@pytest.mark.parametrize("bias", [[1], {"a": 1.0}, {1.5: 1.0}])
+def test_keys_of_logit_bias_are_token_ids(bias):
+    with pytest.raises(RequestError, match="logit_bias must map token ids to numbers"):
+        SamplingParams(logit_bias=bias)
+
+
+def test_none_stands_for_no_entries_as_in_vllm():
+    params = SamplingParams(stop=None, stop_token_ids=None, bad_words=None)
+    assert params == SamplingParams()
 
 
 def test_json_keys_of_logit_bias_become_numbers():
