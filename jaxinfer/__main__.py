@@ -167,9 +167,9 @@ def _generate(options: dict[str, Any], make_llm: Callable[..., Any] | None) -> i
         try:
             digests = tasks.check_tasks(_tasks(options, defaults))
             if options["output"]:
-                done = tasks.resume(Path(options["output"]), model, digests)
-                file = stack.enter_context(open(options["output"], "ab"))
-                lines = Lines(file, on_disk=True)
+                path = Path(options["output"])
+                done = tasks.resume(path, model, digests)
+                lines = Lines(stack.enter_context(open(path, "ab")), on_disk=path.is_file())
                 stack.callback(lines.sync)
                 write = lines.write
         except OSError as error:

@@ -70,6 +70,14 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
+def seed(text: str) -> int:
+    """argparse's type of a seed for NumPy."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
 def _json_value(text: str) -> Any:
     try:
         return json.loads(text)

@@ -78,7 +78,7 @@ def read_tasks(path: str | Path, defaults: Defaults) -> Iterator[Task]:
             try:
                 if line.strip():
                     yield make_task(json.loads(line), number, defaults)
-            except (ValueError, TypeError, AttributeError) as error:
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise RequestError(f"{path}, line {number + 1}: {error}") from error
 
 
@@ -142,7 +142,7 @@ def resume(path: Path, model: str, digests: Mapping[int | str, str]) -> set[int 
     Raises `ConfigError` if any line is not what this command would write.
     """
     done: set[int | str] = set()
-    if not path.exists():
+    if not path.is_file():  # nor has a device, such as /dev/null, anything to go on from
         return done
     with open(path, "r+b") as file:
         whole = 0
@@ -222,6 +222,7 @@ class Lines:
             self.sync()
 
     def sync(self) -> None:
-        """Let what was written survive the machine, too."""
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
+        """Let what was written survive the machine, too, if it is on disk."""
+        if self._synced is not None:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()

@@ -269,8 +269,10 @@ def test_chat_makes_prompts_messages(command: Command) -> None:
         ({"prompt": "x", "sampling_params": []}, "sampling_params must be an object"),
         ({"prompt": "x", "sampling_params": {"topk": 1}}, "did you mean 'top_k'?"),
         ({"prompt": "x", "sampling_params": {"top_p": 2}}, "SamplingParams.top_p must be"),
-        ({"prompt": "x", "sampling_params": {"stop": 5}}, ""),
+        ({"prompt": "x", "sampling_params": {"stop": 5}}, "SamplingParams.stop must be a list"),
+        ({"prompt": "x", "sampling_params": {"stop_token_ids": ["a"]}}, "must hold token ids"),
         ({"prompt": "x", "sampling_params": {"logit_bias": [5]}}, ""),
+        ("[" * 100_000, "maximum recursion depth"),
         ({"prompt": "x", "output_tokens": 0}, "SamplingParams.max_tokens must be"),
         (
             {"prompt": "x", "output_tokens": 1, "sampling_params": {"max_tokens": 2}},
@@ -511,3 +513,9 @@ def test_lines_go_to_any_stream() -> None:
     stream = io.BytesIO()
     tasks.Lines(stream, on_disk=False).write({"task_id": "é"})
     assert stream.getvalue().decode() == '{"task_id": "é"}\n'
+
+
+def test_output_that_is_no_file_has_nothing_to_go_on_from(command: Command) -> None:
+    for _ in range(2):
+        assert command("--prompt", "x", "--output", os.devnull) == 0
+        assert "1 requests" in command.err

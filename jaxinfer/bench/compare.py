@@ -15,7 +15,7 @@ from jaxinfer.bench.rounds import Load
 from jaxinfer.bench.side import Side, load_extra
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
-from jaxinfer.options import add_fields, given
+from jaxinfer.options import add_fields, given, seed
 from jaxinfer.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how llama.cpp stores its weights (default: %(default)s)")  # fmt: skip
     add("--rounds", type=int, default=5, metavar="N",
         help="rounds that are counted (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0,
+    add("--seed", type=seed, default=0,
         help="of dummy weights, prompts and lengths (default: %(default)s)")  # fmt: skip
     add_fields(parser.add_argument_group("engine"), EngineConfig, without=WITHOUT_OPTION)
 

@@ -69,7 +69,7 @@ def read(
             item = parse(line, number, encode)
             if item.task_id in seen:
                 raise DatasetError(f"task_id {item.task_id!r} comes twice; each needs its own")
-        except ValueError as error:  # DatasetError, and what json raises
+        except (ValueError, RecursionError) as error:  # DatasetError, and what json raises
             skipped.append(_fault(path, number, error, skip_bad))
             continue
         seen.add(item.task_id)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from jaxinfer.bench.report import machine, percentiles
 from jaxinfer.errors import ConfigError
+from jaxinfer.options import seed
 from jaxinfer.pages import Pages
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.scheduler import Limits, Plan, Scheduler
@@ -58,14 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name full pages, so that other requests can use them (default: on)")  # fmt: skip
     add("--clock", choices=CLOCKS, default="wall", help="wall-clock, or the CPU time of "
         "this thread, for a machine that has other work (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of prompts and lengths (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="of prompts and lengths (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure both loads at each size; raises `ConfigError` for sizes that make no sense."""
-    for name in ("steps", "input_len", "output_mean", "page_size"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+    least = {"steps": 1, "input_len": 1, "output_mean": 1, "output_stdev": 0, "page_size": 1}
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {bound}")
     if min(args.sizes) < 1:
         raise ConfigError("--sizes must be at least 1")
     if args.max_seq_len < longest_sequence(args):

@@ -14,9 +14,12 @@ import numpy as np
 
 from jaxinfer.bench import dataset
 from jaxinfer.errors import ConfigError, DatasetError
+from jaxinfer.options import seed
 
 if TYPE_CHECKING:
     from jaxinfer.tokenizer import Tokenizer
+
+LONGEST = 2**31 - 1  # tokens of a prompt or an output
 
 HELP = "write a data set: random tokens, or prompts cut from text files"
 DESCRIPTION = """\
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--num-requests", type=int, required=True, metavar="N", help="lines to write")
         add("--output", metavar="FILE", help="write there (default: standard output)")
         add("--tokenizer", metavar="FOLDER", help='folder of a tokenizer, or "demo"')
-        add("--seed", "--random-seed", type=int, default=0, help="(default: %(default)s)")
+        add("--seed", "--random-seed", type=seed, default=0, help="(default: %(default)s)")
         return kind
 
     norm, unif, real = map(add_kind, ("token-norm-dist", "token-unif-dist", "real"))
@@ -101,13 +104,19 @@ def _lengths(args: argparse.Namespace, side: str, rng: np.random.Generator) -> n
     count = args.num_requests
     if args.kind == "token-unif-dist":
         low, high = getattr(args, f"{side}_min"), getattr(args, f"{side}_max")
-        if not 1 <= low <= high:
-            raise ConfigError(f"--{side}-min must be at least 1 and at most --{side}-max")
+        if not 1 <= low <= high <= LONGEST:
+            raise ConfigError(
+                f"--{side}-min must be at least 1 and at most --{side}-max, and that at most "
+                f"{LONGEST}"
+            )
         return rng.integers(low, high + 1, count)
     mean, stdev = getattr(args, f"{side}_mean"), getattr(args, f"{side}_stdev")
     most = getattr(args, f"{side}_max")
-    if not (mean >= 1 and 0 <= stdev < math.inf):
-        raise ConfigError(f"--{side}-mean must be at least 1 and --{side}-stdev at least 0")
+    if not (1 <= mean <= LONGEST and 0 <= stdev <= LONGEST):
+        raise ConfigError(
+            f"--{side}-mean must be at least 1 and --{side}-stdev at least 0, "
+            f"both at most {LONGEST}"
+        )
     if most is not None and most < 1:
         raise ConfigError(f"--{side}-max must be at least 1")
     if args.kind == "real":
@@ -116,7 +125,7 @@ def _lengths(args: argparse.Namespace, side: str, rng: np.random.Generator) -> n
         drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), count)
     else:
         drawn = rng.normal(mean, stdev, count)
-    return np.clip(np.rint(drawn), 1, most).astype(int)
+    return np.clip(np.rint(drawn), 1, LONGEST if most is None else most).astype(int)
 
 
 def _random(

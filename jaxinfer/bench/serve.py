@@ -17,7 +17,7 @@ from jaxinfer.bench import dataset, drive, report
 from jaxinfer.bench.dataset import Dataset
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
-from jaxinfer.options import add_fields, given
+from jaxinfer.options import add_fields, given, seed
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, num_requests: int, warmup:
         )  # fmt: skip
     add("--streaming", action="store_true",
         help="make the text token by token, as a server of streams does")  # fmt: skip
-    add("--seed", type=int, default=0, help="of dummy weights and arrivals (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="of dummy weights and arrivals (default: %(default)s)")
     add("--iteration-log", metavar="FILE",
         help="one JSON line a step: step, running (requests), scheduled, padded (tokens), waiting "
         "(requests), ms since the step before")  # fmt: skip

@@ -41,6 +41,7 @@ def test_ids_win_over_the_prompt_and_names_default_to_the_place(file):
 BAD = {
     "{nonsense": "property name",
     "[1, 2]": "must be a JSON object",
+    "[" * 100_000: "maximum recursion depth",
     '{"input_ids": [1]}': "output_tokens must be a whole number above 0, got None",
     '{"input_ids": [1], "output_tokens": 0}': "above 0, got 0",
     '{"input_ids": [], "output_tokens": 1}': "the prompt has no tokens",
@@ -197,8 +198,17 @@ def test_real_prompts_are_pieces_of_the_text(capsys, tmp_path):
         ([*NORM, "--vocab-size", "9", "--input-mean", "0"], "--input-mean must be at least 1"),
         ([*UNIF, "--vocab-size", "9", "--output-max", "0"], "--output-min must be at least 1"),
         ([*NORM, "--tokenizer", "/none"], "/none"),
+        ([*NORM, "--vocab-size", "9", "--input-mean", "inf"], "--input-mean must be at least 1"),
+        ([*NORM, "--vocab-size", "9", "--output-mean", "1e20"], "both at most 2147483647"),
+        ([*UNIF, "--vocab-size", "9", "--output-max", str(2**40)], "that at most 2147483647"),
     ],
 )
 def test_senseless_options_are_refused(capsys, words, message):
     assert main(["prepare-dataset", *words]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_a_seed_is_no_negative_number(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare-dataset", *NORM, "--vocab-size", "9", "--seed", "-1"])
+    assert "--random-seed: must be 0 or more, got -1" in capsys.readouterr().err

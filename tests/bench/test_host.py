@@ -67,6 +67,7 @@ def test_turnover_keeps_the_rows_full_and_loses_no_page():
         (["--max-seq-len", "60", "--steps", "100"], "raise it, or lower --steps"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--sizes", "0"], "--sizes must be at least 1"),
+        (["--output-stdev", "-1"], "--output-stdev must be at least 0"),
     ],
 )
 def test_senseless_options_are_refused(capsys, words, message):
