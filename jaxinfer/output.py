@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 
@@ -30,7 +31,11 @@ class TokenLogprobs:
 
 
 class Collector:
-    """Builds one caller's `RequestOutput` from the samples that the engine runs for it."""
+    """Builds one caller's `RequestOutput` from the samples that the engine runs for it.
+
+    Whoever runs the engine adds to it, and the reader of a stream takes from it, in a thread of its
+    own perhaps: what is taken is of one moment.
+    """
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class Collector:
         self._tokenizer = tokenizer if params.detokenize else None
         self._samples = [_Sample(request, params, self._tokenizer) for request in requests]
         self._unfinished = len(requests)
+        self._lock = threading.Lock()
         output.outputs = [sample.output for sample in self._samples]
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
@@ -63,29 +69,32 @@ class Collector:
                 count = self.params.prompt_logprobs or 0
                 self.output.prompt_logprobs.append(self._candidates(token, logprobs, entry, count))
             return None
-        self.has_news = True
         sample = self._samples[request.index]
-        sample.output.token_ids.append(token)
-        if self.params.logprobs is not None and logprobs is not None:
-            candidates = self._candidates(token, logprobs, entry, self.params.logprobs)
-            sample.add_logprobs(candidates, candidates[token].logprob)
-        return sample.push(token)
+        with self._lock:
+            self.has_news = True
+            sample.output.token_ids.append(token)
+            if self.params.logprobs is not None and logprobs is not None:
+                candidates = self._candidates(token, logprobs, entry, self.params.logprobs)
+                sample.add_logprobs(candidates, candidates[token].logprob)
+            return sample.push(token)
 
     def finish(self, request: Request) -> None:
         """A sample has ended: complete its output."""
-        self.has_news = True
-        self._samples[request.index].finish()
-        self._unfinished -= 1
-        if self._unfinished == 0:
-            self.output.finished = True
-            self.output.metrics.finished_time = time.monotonic()
+        with self._lock:
+            self.has_news = True
+            self._samples[request.index].finish()
+            self._unfinished -= 1
+            if self._unfinished == 0:
+                self.output.finished = True
+                self.output.metrics.finished_time = time.monotonic()
 
     def take_news(self) -> RequestOutput:
         """The output so far, `text_diff` being what is new since the last call; it stays as is."""
-        self.has_news = False
-        for sample in self._samples:
-            sample.mark_diff()
-        return self.snapshot()
+        with self._lock:
+            self.has_news = False
+            for sample in self._samples:
+                sample.mark_diff()
+            return self.snapshot()
 
     def snapshot(self) -> RequestOutput:
         """A copy that later tokens do not change."""

@@ -1,6 +1,8 @@
 """What callers see of committed tokens; the tokens here come from no model."""
 
 import copy
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -177,3 +179,31 @@ def test_without_a_tokenizer_there_is_no_text(tokenizer):
         assert (out.text, out.token_ids) == ("", [20])
         assert out.logprobs
         assert out.logprobs[0][20].decoded_token is None
+
+
+def test_a_reader_in_another_thread_loses_no_text(tokenizer):
+    """The text grows between any two lines of the reader's: diffs, joined, are still the text."""
+    seen, (request,) = collector(tokenizer, detokenize=True)
+    tokens = tokenizer.encode(TEXT, add_special_tokens=False) * 200
+    switching = sys.getswitchinterval()
+
+    def write():
+        for token in tokens:
+            seen.accept(request, token, False, None, 0)
+        end(seen, request)
+
+    writer = threading.Thread(target=write)
+    texts, last = [], None
+    try:
+        sys.setswitchinterval(1e-6)
+        writer.start()
+        while last is None or not last.finished:
+            last = seen.take_news()
+            texts.append(last.outputs[0].text_diff)
+            assert last.outputs[0].text == "".join(texts)
+    finally:
+        sys.setswitchinterval(switching)
+        writer.join()
+    assert (
+        "".join(texts) == tokenizer.decode([1, 5, 6, *tokens])[len(tokenizer.decode([1, 5, 6])) :]
+    )
