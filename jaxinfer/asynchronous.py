@@ -29,13 +29,16 @@ class AsyncRequest:
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         collector = self._collector
         try:
-            while not collector.output.finished:
-                # The step blocks, so it runs beside the event loop; a lock in the engine keeps
-                # turns apart if several requests drive it.
-                await asyncio.to_thread(self._turn)
-                if collector.has_news and not collector.output.finished:
-                    yield collector.take_news()
-            yield collector.take_news()
+            while True:
+                if not (collector.has_news or collector.output.finished):
+                    # The step blocks, so it runs beside the event loop; a lock in the engine keeps
+                    # turns apart if several requests drive it.
+                    await asyncio.to_thread(self._turn)
+                    continue
+                output = collector.take_news()
+                yield output
+                if output.finished:
+                    return
         finally:
             self._cancel(self.request_id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,7 +26,7 @@ from jaxinfer.request import CompletionOutput, Request, RequestOutput, SamplingP
 from jaxinfer.sampling import Sampled, SamplingRows
 from jaxinfer.scheduler import Plan, Scheduler
 from jaxinfer.step import Step
-from jaxinfer.validation import make_requests
+from jaxinfer.validation import check_types, make_requests
 
 Prompt = str | Sequence[int]
 
@@ -70,6 +70,7 @@ class LLM:
         self._weights, self._tokenizer_folder = loaded.weights, loaded.tokenizer_folder
         self._state = self.step.initial_state()
         self.step.compile(self._weights, self._sampling.table())
+        self._compile_seconds = self.step.compile_seconds
         self._lock = threading.RLock()
         self._closed: str | None = None  # why it cannot be used any more
         self._pending: tuple[Plan, Sampled | None] | None = None
@@ -236,8 +237,10 @@ class LLM:
         with self._lock:
             self._check_open()
             params = SamplingParams() if params is None else params
-            request_id = f"request-{next(self._arrivals)}" if request_id is None else request_id
-            if request_id in self._live:
+            check_types(params, priority, request_id)
+            if request_id is None:
+                request_id = self._new_id()
+            elif request_id in self._live:
                 raise RequestError(f"request_id {request_id!r} is already in use")
             seed = int(self._rng.integers(2**63)) if params.seed is None else params.seed
             requests = make_requests(
@@ -257,6 +260,11 @@ class LLM:
             self._counts["prompt_tokens"] += len(ids)
             return collector
 
+    def _new_id(self) -> str:
+        """An id for a request that brings none; callers may have taken any."""
+        ids = (f"request-{number}" for number in self._arrivals)
+        return next(name for name in ids if name not in self._live)
+
     def _finish_all(self, collectors: list[Collector], progress: bool) -> None:
         """Work until these are finished; whatever stops that before its time cancels them."""
         try:
@@ -268,9 +276,12 @@ class LLM:
                     self._advance()
                 bar.update(len(collectors) - bar.n)
         finally:
-            for collector in collectors:
-                if not collector.output.finished:
-                    self.cancel(collector.output.request_id)
+            self._cancel_all(collectors)
+
+    def _cancel_all(self, collectors: list[Collector]) -> None:
+        for collector in collectors:
+            if not collector.output.finished:
+                self.cancel(collector.output.request_id)
 
     def _generate_list(
         self,
@@ -283,12 +294,17 @@ class LLM:
         """One output a prompt, in order; a bad prompt's output carries its error."""
         outputs: list[RequestOutput] = []
         collectors = []
-        for prompt, param, rank in zip(prompts, params, priority, strict=True):
-            try:
-                collectors.append(self._submit(prompt, param, priority=rank, **options))
-                outputs.append(collectors[-1].output)
-            except RequestError as error:
-                outputs.append(_error_output(f"request-{next(self._arrivals)}", prompt, error))
+        try:
+            for prompt, param, rank in zip(prompts, params, priority, strict=True):
+                with interrupts_held():
+                    try:
+                        collectors.append(self._submit(prompt, param, priority=rank, **options))
+                        outputs.append(collectors[-1].output)
+                    except RequestError as error:
+                        outputs.append(_error_output(self._new_id(), prompt, error))
+        except BaseException:  # an interrupt, say: nobody will ask for those queued so far
+            self._cancel_all(collectors)
+            raise
         self._finish_all(collectors, progress)
         return outputs
 
@@ -379,18 +395,23 @@ class LLM:
             prompt, sampling_params, priority=priority, request_id=request_id, streamed=True
         )
 
-        def outputs() -> Generator[RequestOutput]:
+        def outputs() -> Generator[Any]:
             try:
-                while not collector.output.finished:
-                    if not collector.has_news:
+                yield None  # taken below: closing a generator that has not begun runs nothing
+                while True:
+                    if not (collector.has_news or collector.output.finished):
                         self._advance()
-                    elif not collector.output.finished:
-                        yield collector.take_news()
-                yield collector.take_news()
+                        continue
+                    output = collector.take_news()
+                    yield output
+                    if output.finished:
+                        return
             finally:
                 self.cancel(collector.output.request_id)
 
-        return outputs()
+        stream = outputs()
+        next(stream)
+        return stream
 
     def generate_async(
         self,
@@ -444,15 +465,19 @@ class LLM:
         self._counts["padded_tokens"] += padded_to - plan.num_tokens
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, the present load, and memory by component in bytes."""
+        """Counts since the start, the present load, and memory by component in bytes.
+
+        They can be asked for after `close()`, too.
+        """
         return {
             **self._counts,
             "running": self.scheduler.num_running,
             "waiting": self.scheduler.num_waiting,
             "preemptions": self.scheduler.num_preemptions,
             **self.scheduler.pages.stats(),
+            "reused_pages": self.scheduler.num_reused_pages,
             "page_size": self.limits.page_size,
-            "compile_seconds": self.step.compile_seconds,
+            "compile_seconds": self._compile_seconds,
             "memory_bytes": {
                 "weights": self.memory.weights,
                 "workspace": self.memory.workspace,
@@ -469,8 +494,10 @@ class LLM:
         """
         with self._lock:
             self._check_open()
-            weights = self._weights
-        saving.save(path, weights, self.model_config, self._tokenizer_folder, overwrite=overwrite)
+            weights, folder = self._weights, self._tokenizer_folder
+        data = saving.save(path, weights, self.model_config, folder, overwrite=overwrite)
+        if folder is not None and not folder.is_dir():  # it was part of the model now replaced
+            self._tokenizer_folder = data
 
     def close(self) -> None:
         """Cancel what is left and free the device memory.  The LLM cannot be used afterwards."""
@@ -507,7 +534,7 @@ def _per_prompt(name: str, value: Any, prompts: Sequence[Prompt]) -> list[Any]:
 
 def _error_output(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
     text = prompt if isinstance(prompt, str) else None
-    ids = [] if isinstance(prompt, str) else list(prompt)
+    ids = list(prompt) if isinstance(prompt, Iterable) and text is None else []
     failed = CompletionOutput(index=0, finish_reason="error")
     return RequestOutput(request_id, text, ids, [failed], finished=True, error=str(error))
 

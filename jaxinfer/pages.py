@@ -45,7 +45,6 @@ class Pages:
         self._page_of: dict[bytes, int] = {}
         # Named pages that nobody uses, with their digests; the oldest first.
         self._unused: OrderedDict[int, bytes] = OrderedDict()
-        self._reused = 0
 
     @property
     def available(self) -> int:
@@ -88,7 +87,6 @@ class Pages:
             self._unused.pop(page, None)
             self._references[page] += 1
             pages.append(page)
-        self._reused += len(pages)
         return pages
 
     def register(self, page: int, digest: bytes) -> None:
@@ -121,7 +119,6 @@ class Pages:
             "used_pages": used,
             "cached_pages": len(self._unused),
             "free_pages": len(self._free),
-            "reused_pages": self._reused,
         }
 
     def check(self) -> None:

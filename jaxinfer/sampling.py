@@ -38,8 +38,9 @@ HISTORY_CHUNK = 512
 class SamplingTable:
     """Sampling parameters on the device, a row per slot and one for padding.
 
-    top_k_B: 0 is off.  min_len_B: prompt_len plus min_tokens.  Lists of token ids are padded with
-    -1 on the right, bad words (X of them, of up to C tokens) on the left.
+    top_k_B: 0 is off.  min_len_B: prompt_len plus min_tokens, at most the request's limit.  Lists
+    of token ids are padded with -1 on the right, bad words (X of them, of up to C tokens) on the
+    left.
     """
 
     temperature_B: Array
@@ -126,7 +127,8 @@ class SamplingRows:
             "seed_low_B": request.seed & 0xFFFFFFFF,
             "sample_index_B": request.index,
             "prompt_len_B": request.prompt_len,
-            "min_len_B": request.prompt_len + params.min_tokens,
+            # No more than can come: the sum of any two would not fit into 32 bits.
+            "min_len_B": min(request.prompt_len + params.min_tokens, request.limit),
         }
         for name, value in narrow.items():
             row = self._rows[name]

@@ -62,8 +62,10 @@ def save(
     tokenizer_folder: Path | None,
     *,
     overwrite: bool = False,
-) -> None:
+) -> Path:
     """Save a model as a folder that is complete in itself; each device writes its shards.
+
+    Returns the data folder in it, where the tokenizer's files are, too.
 
     weights: the tree of arrays.  tokenizer_folder: where the tokenizer's files are, None for none.
     overwrite: replace the model that an earlier `save` left there; others are never touched.
@@ -73,6 +75,11 @@ def save(
     Raises `CheckpointError` if there is something at `path`, or it cannot be written.
     """
     path = check_target(path, overwrite)
+    if tokenizer_folder is not None and not tokenizer_folder.is_dir():
+        raise CheckpointError(
+            f"{tokenizer_folder}, where the tokenizer was, is gone: a model saved now would have "
+            "none; load the model again"
+        )
     data = path / f"data-{secrets.token_hex(8)}"
     try:
         data.mkdir(parents=True)
@@ -99,6 +106,7 @@ def save(
     for other in path.glob(DATA):  # the old model, and what interrupted saves left
         if other != data:
             shutil.rmtree(other)
+    return data
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:

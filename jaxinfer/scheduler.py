@@ -91,6 +91,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.guaranteed = policy == "guaranteed_no_evict"
         self.num_preemptions = 0
+        self.num_reused_pages = 0
         self._waiting: list[tuple[int, int, Request]] = []
         self._slots: list[Request | None] = [None] * limits.max_batch_size
         self._free_slots = list(range(limits.max_batch_size - 1, -1, -1))
@@ -321,6 +322,7 @@ class Scheduler:
             self.pages.give_back(matched)
             return None
         heapq.heappop(self._waiting)
+        self.num_reused_pages += len(matched)
         self._reserved += later
         slot = self._free_slots.pop()
         self._occupy(slot, request, token_ids, matched, self.pages.take(now))

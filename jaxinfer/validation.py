@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from jaxinfer.request import (
     MAX_STOP_TOKEN_IDS,
     Request,
     SamplingParams,
+    is_whole,
 )
 from jaxinfer.scheduler import Limits
 from jaxinfer.tokenizer import Tokenizer
@@ -30,8 +32,8 @@ def prompt_token_ids(
             )
         ids = tokenizer.encode(prompt)
     else:
-        ids = list(prompt)
-        if not all(isinstance(token, (int, np.integer)) for token in ids):
+        ids = list(prompt) if isinstance(prompt, Iterable) else [None]
+        if isinstance(prompt, bytes) or not all(map(is_whole, ids)):
             raise RequestError("prompt must be a string or a list of whole numbers (token ids)")
     if not ids:
         raise RequestError("prompt is empty: it must have at least one token")
@@ -110,6 +112,16 @@ def make_requests(
         )
         for index in range(params.n)
     ]
+
+
+def check_types(params: Any, priority: Any, request_id: Any) -> None:
+    """Raise `RequestError` for what is not even of the type that a caller must pass."""
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"sampling_params must be a SamplingParams, got {params!r}")
+    if not is_whole(priority):  # requests are compared by it: one of another kind stops them all
+        raise RequestError(f"priority must be a whole number, got {priority!r}")
+    if not isinstance(request_id, str | None):
+        raise RequestError(f"request_id must be a string, got {request_id!r}")
 
 
 def _check_strings(params: SamplingParams, tokenizer: Tokenizer | None) -> None:

@@ -88,6 +88,11 @@ def test_closing_a_stream_cancels_its_request(llm):
     assert llm.stats()["used_pages"] == 0
 
 
+def test_a_stream_that_nobody_has_pulled_yet_can_be_closed(llm):
+    llm.stream(PROMPTS[0], GREEDY).close()
+    assert llm.stats()["waiting"] == 0
+
+
 def test_streams_show_no_part_of_a_stop_string(llm):
     full = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=32)).outputs[0].text
     stop = full[4:9]
@@ -201,6 +206,8 @@ def test_event_loops(llm):
         texts = []
         async for output in llm.generate_async(PROMPTS[0], GREEDY, streaming=True):
             texts.append(output.outputs[0].text)
+        again = llm.generate_async(PROMPTS[0], GREEDY)
+        assert await again is await again
         running = llm.generate_async(PROMPTS[0], SamplingParams(max_tokens=200, ignore_eos=True))
         task = asyncio.ensure_future(running._final())
         await asyncio.sleep(0.05)
@@ -250,10 +257,60 @@ def test_a_bad_prompt_fails_alone(llm):
     assert outputs[4].outputs[0].text == llm.generate(PROMPTS[1], GREEDY).outputs[0].text
 
 
+def test_what_is_no_prompt_at_all_fails_alone(llm):
+    outputs = llm.generate([PROMPTS[0], None, 5, {"prompt": "x"}], GREEDY)
+    assert [out.error is None for out in outputs] == [True, False, False, False]
+    assert all("prompt must be a string or a list" in out.error for out in outputs[1:])
+    assert outputs[0].outputs[0].finish_reason == "length"
+
+
+def test_an_argument_of_the_wrong_type_harms_nobody_else(llm):
+    for options, message in (
+        ({"priority": ["high", 0]}, "priority must be a whole number, got 'high'"),
+        ({"sampling_params": [{"temperature": 0}, GREEDY]}, "must be a SamplingParams, got {"),
+    ):
+        bad, good = llm.generate(PROMPTS[:2], **{"sampling_params": GREEDY, **options})
+        assert message in bad.error
+        assert good.error is None
+    with pytest.raises(RequestError, match="request_id must be a string, got 5"):
+        llm.submit(PROMPTS[0], request_id=5)
+    assert llm.stats()["waiting"] == 0
+
+
+def test_the_longest_minimum_there_can_be_is_that_of_the_sequence(llm):
+    params = SamplingParams(min_tokens=2**31 - 1, max_tokens=None, temperature=0)
+    out = llm.generate([5] * 250, params).outputs[0]
+    assert (len(out.token_ids), out.finish_reason) == (6, "length")
+
+
+def test_an_interrupt_while_prompts_are_queued_leaves_none_behind(llm, monkeypatch):
+    encode = llm.tokenizer.encode
+
+    def interrupted(text: str, **options):
+        if text == PROMPTS[1]:
+            signal.raise_signal(signal.SIGINT)
+        return encode(text, **options)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY)
+    assert llm.stats()["waiting"] == 0
+
+
+def test_ids_that_callers_chose_are_not_drawn(llm):
+    taken = llm.submit(PROMPTS[0], GREEDY).removeprefix("request-")
+    # A request takes two numbers: one for its id, one for its place in the queue.
+    ahead = [llm.submit(p, GREEDY, request_id=f"request-{int(taken) + 3}") for p in PROMPTS[:1]]
+    drawn = [llm.submit(prompt, GREEDY) for prompt in PROMPTS]
+    assert {out.request_id for out in llm.run()} >= {*ahead, *drawn}
+    assert len({*ahead, *drawn}) == 4
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
         ("", None, "prompt is empty"),
+        (b"x", None, "prompt must be a string"),
         ([-1], None, "token id -1"),
         ([1.5], None, "whole numbers"),
         ("x", SamplingParams(logit_bias={10**6: 1.0}), "logit_bias has token id 1000000"),
@@ -310,6 +367,8 @@ def test_closed_engines_say_so(tiny_model):
     llm.close()
     with pytest.raises(EngineClosedError, match=r"close\(\) was called"):
         llm.generate([1])
+    assert next(stream).outputs[0].finish_reason == "cancelled"
+    assert llm.stats()["running"] == 0
 
 
 def test_a_failing_step_is_reported_as_such(tiny_model, monkeypatch):

@@ -444,3 +444,18 @@ def test_the_command(fixtures, tmp_path, capsys):
     assert load(tmp_path / "saved")[0].config.dtype == "float16"
     assert main([*words, "--overwrite", "--dtype", "int3"]) == 2
     assert "EngineConfig.dtype must be one of" in capsys.readouterr().err
+
+
+def test_a_model_that_replaced_the_one_it_came_from_keeps_its_tokenizer(fixtures, tmp_path):
+    shutil.copytree(fixtures / "llama", tmp_path / "hf")
+    shutil.copytree(fixtures / "tokenizer", tmp_path / "hf", dirs_exist_ok=True)
+    first, second = tmp_path / "first", tmp_path / "second"
+    with LLM(tmp_path / "hf", **ENGINE) as llm:
+        llm.save(first)
+    with LLM(first, **ENGINE) as llm:
+        llm.save(first, overwrite=True)  # which removes the files it was loaded from
+        llm.save(second)
+        assert (data_of(second) / "tokenizer.json").is_file()
+        shutil.rmtree(first)
+        with pytest.raises(CheckpointError, match="where the tokenizer was, is gone"):
+            llm.save(tmp_path / "third")

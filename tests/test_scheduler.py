@@ -227,6 +227,14 @@ def test_a_common_prefix_is_computed_once():
         assert computed == expected
 
 
+def test_pages_that_a_waiting_request_could_use_are_not_reused_yet():
+    scheduler, device = make(num_pages=7, max_num_tokens=64)
+    scheduler.add(request(0, list(range(1, 9)), 8, stop_ids=()))
+    scheduler.add(request(1, list(range(1, 13)), 8, stop_ids=()))  # no room beside the first
+    drive(scheduler, device, overlap=True)
+    assert scheduler.num_reused_pages == 2
+
+
 def test_a_follow_up_prompt_matches_the_output_too():
     scheduler, device = make(max_num_tokens=64)
     first = request(0, list(range(1, 9)), 9, stop_ids=())
