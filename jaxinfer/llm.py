@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -532,9 +532,9 @@ def _per_prompt(name: str, value: Any, prompts: Sequence[Prompt]) -> list[Any]:
     return list(value)
 
 
-def _error_output(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
+def _error_output(request_id: str, prompt: Any, error: RequestError) -> RequestOutput:
     text = prompt if isinstance(prompt, str) else None
-    ids = list(prompt) if isinstance(prompt, Iterable) and text is None else []
+    ids = list(prompt) if isinstance(prompt, (list, tuple, np.ndarray)) else []
     failed = CompletionOutput(index=0, finish_reason="error")
     return RequestOutput(request_id, text, ids, [failed], finished=True, error=str(error))
 

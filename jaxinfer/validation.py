@@ -32,8 +32,9 @@ def prompt_token_ids(
             )
         ids = tokenizer.encode(prompt)
     else:
-        ids = list(prompt) if isinstance(prompt, Iterable) else [None]
-        if isinstance(prompt, bytes) or not all(map(is_whole, ids)):
+        listed = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
+        ids = list(prompt) if listed else []
+        if not listed or not all(map(is_whole, ids)):
             raise RequestError("prompt must be a string or a list of whole numbers (token ids)")
     if not ids:
         raise RequestError("prompt is empty: it must have at least one token")
