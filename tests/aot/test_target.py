@@ -145,6 +145,8 @@ def test_a_workload_is_checked():
         Workload(model="demo", batch=0)
     with pytest.raises(ConfigError, match="dtype must be one of auto, float32"):
         Workload(model="demo", dtype="int3")
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype must be .*int4, got 'int3'"):
+        Workload(model="demo", kv_cache_dtype="int3")
 
 
 def test_bounds_are_the_slower_of_two():
@@ -170,6 +172,17 @@ def test_the_bound_of_a_decode_step():
     split = bounds("h200:2", model="llama-3.1-8b", batch=64, context=1024, tensor_parallel_size=2)
     assert split.decode().hbm_bytes == pytest.approx(many.hbm_bytes / 2, rel=1e-2)
     assert split.decode().flops == many.flops / 2
+
+
+def test_a_quantised_cache_is_counted_with_its_scales():
+    alone, many = (
+        bounds(
+            "h200:1", model="llama-3.1-8b", batch=rows, context=tokens, kv_cache_dtype="int4"
+        ).decode()
+        for rows, tokens in ((1, 1), (64, 1024))
+    )
+    kept = 64 * 1024 * 2 * 32 * 8 * (128 // 2 + 4)
+    assert many.hbm_bytes == pytest.approx(alone.hbm_bytes + kept, rel=1e-3)
 
 
 def test_the_bound_of_a_prefill_step():
