@@ -186,8 +186,10 @@ def _sums(x, values, scales, wide_smem, form: Stored, blocks: Blocks) -> Array:
         plgpu.wgmma_wait(0 if wide_smem is not None else 1)
 
     def add_parts(_, x_smem, values_smem, scales_smem, total):
+        # Read before `widen` commits: only then may the next copy overwrite them.
+        rows = [plgpu.load(scales_smem.at[i], optimized=False) for i in range(DEPTH // part)]
         weight = widen(values_smem)
-        for index in range(DEPTH // part):
+        for index, row in enumerate(rows):
             span = pl.ds(index * part, part)
 
             def multiply(sums, span=span):
@@ -195,7 +197,6 @@ def _sums(x, values, scales, wide_smem, form: Stored, blocks: Blocks) -> Array:
                 return sums[...]
 
             sums = pl.run_scoped(multiply, plgpu.ACC(shape))
-            row = plgpu.load(scales_smem.at[index], optimized=False)
             total += sums * lax.broadcast_in_dim(read_scales(row, form.format), shape, (1,))
         return total
 
