@@ -29,6 +29,7 @@ from jaxinfer.kernels.quantized_matmul import activations
 from jaxinfer.kernels.stored import Stored, stored
 from jaxinfer.shapes import dims
 
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage] (exported from JAX 0.11 on)
 # Of D in a block: a row of activations is then as long as the widest swizzle.
 DEPTH = 64
 # Of F in a block, best first; one of them must divide F.
@@ -157,7 +158,8 @@ def _body(
             wide_smem, form, blocks,
         )  # fmt: skip
         if form.scales is not None and not form.grouped:
-            sums *= _row(scales.at[expert, 0, columns], sums.shape)
+            row = _load(scales.at[expert, 0, columns])
+            sums *= lax.broadcast_in_dim(row, sums.shape, (1,))
         out_smem[...] = (sums * tensor_scale[expert]).astype(out_smem.dtype)
         plgpu.commit_smem()
         _store(out_smem, out.at[:, columns], plan, visit, blocks.tokens)
@@ -172,7 +174,7 @@ def _sums(x, values, scales, wide_smem, form: Stored, blocks: Blocks) -> Array:
         if wide_smem is None:
             return values_smem
         numbers = values_smem[...]
-        if form.format is not None:
+        if form.format:
             # Hopper converts fp8 to float32 only.
             fp8 = numbers.dtype == jnp.float8_e4m3fn
             numbers = read_values(numbers, form.format, jnp.float32 if fp8 else jnp.bfloat16)
@@ -180,14 +182,9 @@ def _sums(x, values, scales, wide_smem, form: Stored, blocks: Blocks) -> Array:
         plgpu.commit_smem()
         return wide_smem
 
-    def add_whole(_, x_smem, values_smem, sums):
-        plgpu.wgmma(sums, x_smem, widen(values_smem))
-        # What was read may be overwritten one step later; what was converted, in the next.
-        plgpu.wgmma_wait(0 if wide_smem is not None else 1)
-
     def add_parts(_, x_smem, values_smem, scales_smem, total):
         # Read before `widen` commits: only then may the next copy overwrite them.
-        rows = [plgpu.load(scales_smem.at[i], optimized=False) for i in range(DEPTH // part)]
+        rows = [_load(scales_smem.at[i]) for i in range(DEPTH // part)]
         weight = widen(values_smem)
         for index, row in enumerate(rows):
             span = pl.ds(index * part, part)
@@ -196,7 +193,7 @@ def _sums(x, values, scales, wide_smem, form: Stored, blocks: Blocks) -> Array:
                 plgpu.wgmma(sums, x_smem.at[:, span], weight.at[span])
                 return sums[...]
 
-            sums = pl.run_scoped(multiply, plgpu.ACC(shape))
+            sums = pl.run_scoped(multiply, ACC(shape))
             total += sums * lax.broadcast_in_dim(read_scales(row, form.format), shape, (1,))
         return total
 
@@ -214,23 +211,24 @@ def _sums(x, values, scales, wide_smem, form: Stored, blocks: Blocks) -> Array:
         return plgpu.emit_pipeline(
             add_parts, grid=steps, in_specs=specs, max_concurrent_steps=stages,
             init_carry=jnp.zeros(shape, jnp.float32),
-        )(x, values, scales)  # fmt: skip
+        )(x, values, scales)  # pyright: ignore[reportCallIssue]  # fmt: skip
 
     def add_all(sums):
-        plgpu.emit_pipeline(
-            lambda *args: add_whole(*args, sums),
-            grid=steps,
-            in_specs=specs,
-            max_concurrent_steps=stages,
-        )(x, values)
+        def add(_, x_smem, values_smem):
+            plgpu.wgmma(sums, x_smem, widen(values_smem))
+            # What was copied stays for one more step; what was converted, for none.
+            plgpu.wgmma_wait(0 if wide_smem is not None else 1)
+
+        pipeline = plgpu.emit_pipeline(add, grid=steps, in_specs=specs, max_concurrent_steps=stages)
+        pipeline(x, values)
         return sums[...]
 
-    return pl.run_scoped(add_all, plgpu.ACC(shape))
+    return pl.run_scoped(add_all, ACC(shape))
 
 
-def _row(row_gmem, shape: tuple[int, int]) -> Array:
-    """A row of scales, repeated for every token."""
-    return lax.broadcast_in_dim(plgpu.load(row_gmem, optimized=False), shape, (1,))
+def _load(row) -> Array:
+    """A row of scales; its few numbers need no fast way into registers."""
+    return plgpu.load(row, optimized=False)  # pyright: ignore[reportCallIssue] (JAX 0.11)
 
 
 def _store(out_smem, out, plan, visit: Array, tokens: int):

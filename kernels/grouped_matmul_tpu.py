@@ -169,21 +169,21 @@ def _call(
 
 def _body(expert, tile, begin, end, tensor_scale, x, values, *rest, form: Stored, steps: int):
     """One block of a weight with one tile.  rest: the scales, if any, the output, the sums."""
-    scales, out, sums = rest if form.scales is not None else (None, *rest)
+    *scales, out, sums = rest
     visit, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
         sums[...] = jnp.zeros_like(sums)
 
-    weight = form.widen(values[...], scales[...] if form.grouped else None, x.dtype)
+    weight = form.widen(values[...], scales[0][...] if form.grouped else None, x.dtype)
     sums[...] += jnp.dot(x[...], weight, preferred_element_type=sums.dtype)
 
     @pl.when(step == steps - 1)
     def _():
         product = sums[...].astype(jnp.float32)
-        if form.scales is not None and not form.grouped:
-            product *= scales[...]
+        if scales and not form.grouped:
+            product *= scales[0][...]
         product *= tensor_scale[expert[visit]]
         rows, width = product.shape
         position = tile[visit] * rows + lax.broadcasted_iota(jnp.int32, (rows, width), 0)

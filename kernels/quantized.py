@@ -25,6 +25,7 @@ mxfp4 takes the power of two that OCP MX 1.0 (section 6.3) prescribes: values ab
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +144,7 @@ def quantize(weight: Array, name: str) -> Quantized:
         scales = jnp.maximum(scales / tensor_scale, 2.0**-9)
     stored = Quantized(weight, _bits(scales.astype(form.scales)), tensor_scale, name)
     scaled = weight / spread_scales(stored, jnp.float32)
-    return stored.replace(values=_bits(cast(scaled, form.values)))
+    return dataclasses.replace(stored, values=_bits(cast(scaled, form.values)))
 
 
 def cast(values: Array, dtype: Any) -> Array:

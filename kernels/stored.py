@@ -16,7 +16,7 @@ class Stored:
 
     scales: None, or `[E, 1, F]`, or `[E, D / rows, F]` if it is `grouped`.
     tensor_scale: float32 `[E]`, ones if the format has none.
-    rows: of D to a scale.  bits: of a value.  format: None for an array of floats.
+    rows: of D to a scale.  bits: of a value.  format: empty for an array of floats.
     """
 
     values: Leaf
@@ -24,7 +24,7 @@ class Stored:
     tensor_scale: Leaf
     rows: int = struct.field(pytree_node=False)
     bits: int = struct.field(pytree_node=False)
-    format: str | None = struct.field(pytree_node=False)
+    format: str = struct.field(pytree_node=False)
 
     @property
     def grouped(self) -> bool:
@@ -36,7 +36,7 @@ class Stored:
         `[depth / rows, width]` if it is grouped."""
         if values.dtype == dtype:
             return values
-        if self.format is None or scales is None:
+        if not self.format or scales is None:
             return values.astype(dtype)
         depth, width = values.shape
         numbers = read_values(values, self.format).reshape(-1, self.rows, width)
@@ -48,7 +48,7 @@ def stored(weight: Array | Quantized) -> Stored:
     """The weight `[E, D, F]` for a kernel; its values are not moved."""
     ones = jnp.ones(weight.shape[0], jnp.float32)
     if not isinstance(weight, Quantized):
-        return Stored(weight, None, ones, 1, 8 * weight.dtype.itemsize, None)
+        return Stored(weight, None, ones, 1, 8 * weight.dtype.itemsize, "")
     scales = weight.scales
     if weight.columns > 1:
         # A small part of the weight's bytes, against a spread in the kernel.

@@ -19,7 +19,9 @@ from jaxinfer.kernels.grouped_matmul_gpu import Blocks, block_sizes, grouped_mat
 from jaxinfer.kernels.quantized_matmul_gpu import quantized_matmul
 
 SHARED = 227 * 1024  # H100 and H200
-WATCHED = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+WATCHED = plgpu.InterpretGPUParams(  # pyright: ignore[reportAttributeAccessIssue] (JAX 0.11)
+    detect_races=True, uninitialized_memory="nan"
+)
 
 
 # Every format and every kind of groups once, with two blocks of F.
@@ -90,7 +92,7 @@ def test_blocks_fit_and_divide(name, tokens, E, D, F):
 def test_what_it_refuses_is_named():
     x = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
     weight = jax.ShapeDtypeStruct((2, 256, 128), jnp.bfloat16)
-    assert "not (10, 0)" in refusal(x, weight, (10, 0))
-    assert "not float32" in refusal(x.update(dtype=jnp.float32), weight, (9, 0))
-    assert "not float32" in refusal(x, weight.update(dtype=jnp.float32), (9, 0))
-    assert "F = 40" in refusal(x, weight.update(shape=(2, 256, 40)), (9, 0))
+    assert "not (10, 0)" in str(refusal(x, weight, (10, 0)))
+    assert "not float32" in str(refusal(x.update(dtype=jnp.float32), weight, (9, 0)))
+    assert "not float32" in str(refusal(x, weight.update(dtype=jnp.float32), (9, 0)))
+    assert "F = 40" in str(refusal(x, weight.update(shape=(2, 256, 40)), (9, 0)))

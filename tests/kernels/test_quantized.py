@@ -1,5 +1,7 @@
 """The quantised formats of weights against NumPy and ml_dtypes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -88,7 +90,9 @@ def test_values_are_the_nearest_of_the_format(name):
     else:
         every = np.arange(-LARGEST[dtype.name], LARGEST[dtype.name] + 1)
     ones = {"float4_e2m1fn": 2}.get(dtype.name, 1)  # the bits of one
-    scale = by_hand(stored.replace(values=jnp.full_like(stored.values, ones)))[..., :40]
+    scale = by_hand(dataclasses.replace(stored, values=jnp.full_like(stored.values, ones)))[
+        ..., :40
+    ]
     exact = WEIGHT[..., :40] / scale
     nearest = np.min(np.abs(exact[..., None] - every), axis=-1)
     distance = np.abs(exact - numbers(stored)[0][..., :40])
