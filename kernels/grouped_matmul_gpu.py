@@ -47,11 +47,9 @@ class Blocks:
     per_sm: int
 
 
-def block_sizes(x_TD: Any, weight: Any, *, shared_bytes: int, groups: int | None = None) -> Blocks:
+def block_sizes(x_TD: Any, weight: Any, *, shared_bytes: int) -> Blocks:
     """Block sizes for arrays of these shapes and dtypes, on a chip with these many bytes of shared
     memory to an SM.  Raises `ShapeError` if the shape does not divide.
-
-    groups: among how many experts the tokens are spread; E by default.
     """
     (num_tokens, D), (E, _, F) = x_TD.shape, weight.shape
     if D % DEPTH:
@@ -60,7 +58,7 @@ def block_sizes(x_TD: Any, weight: Any, *, shared_bytes: int, groups: int | None
     if width is None:
         raise ShapeError(f"weight {weight.shape}: F must be a multiple of 64")
     # 64 is the least that wgmma multiplies.
-    tokens = 128 if num_tokens >= 96 * (groups or E) and width <= 128 else 64
+    tokens = 128 if num_tokens >= 96 * E and width <= 128 else 64
     form = jax.eval_shape(stored, weight)
     stage = DEPTH * (2 * tokens + width * form.bits // 8) + (4 * width if form.grouped else 0)
     fixed = 2 * width * (tokens + (DEPTH if form.bits < 16 else 0)) + 2048

@@ -28,6 +28,8 @@ from jaxinfer.shapes import dims
 LANES = 128
 # Rows that a register of 32-bit numbers has; of narrower ones it has as many more.
 SUBLANES = 8
+# Numbers in a block of a weight: conversions are unrolled, larger ones compile for half a minute.
+MOST_NUMBERS = 2**21
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Blocks:
     width: int
 
 
-def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int, groups: int | None = None) -> Blocks:
+def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int) -> Blocks:
     """Block sizes for arrays of these shapes and dtypes, on a chip with these many bytes of vector
     memory.  Raises `ShapeError` if nothing fits.
 
@@ -48,14 +50,14 @@ def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int, groups: int | None =
     often, more multiply rows that are another expert's.
     """
     (num_tokens, D), (E, _, F) = x_TD.shape, weight.shape
-    average = num_tokens // (groups or E)
-    tokens = max(32, min(512, 2 << average.bit_length() - 1 if average else 0))
+    tokens = max(32, min(512, 1 << (num_tokens // E).bit_length()))
     form = jax.eval_shape(stored, weight)
     for width in (1024, 512, 256, 128):
         width = min(width, F)
         for depth in _depths(D, form):
             blocks = Blocks(tokens, depth, width)
-            if vmem_needed(blocks, form) <= vmem_bytes:
+            quick = depth * width <= MOST_NUMBERS or width <= LANES
+            if quick and vmem_needed(blocks, form) <= vmem_bytes:
                 return blocks
     raise ShapeError(f"weight {weight.shape}: no block of it fits {vmem_bytes} bytes")
 
