@@ -80,7 +80,9 @@ def make_requests(
             "lower max_tokens or raise num_pages"
         )
     _check_strings(params, tokenizer)
-    eos = () if params.ignore_eos else model.eos_token_ids
+    # Some checkpoints name what ends a text in the tokenizer's files only.
+    ends = model.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
+    eos = () if params.ignore_eos else ends
     stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
     if len(stop_ids) > 2 * MAX_STOP_TOKEN_IDS:
         raise RequestError(f"more than {2 * MAX_STOP_TOKEN_IDS} stop tokens with end-of-sequence")

@@ -1,5 +1,7 @@
 """What becomes of a prompt and its parameters before the scheduler sees them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -102,3 +104,12 @@ def test_bad_words_have_limits(tokenizer):
         requests(bad_words=["x"])
     with pytest.raises(RequestError, match="bad_words_token_ids has token id 500"):
         requests(bad_words_token_ids=[[3, 500]])
+
+
+def test_the_tokenizer_says_what_ends_a_text_if_the_model_does_not(tokenizer):
+    silent = dataclasses.replace(MODEL, eos_token_ids=())
+    assert tokenizer.eos_token_ids
+    assert requests(model=silent, tokenizer=tokenizer)[0].stop_ids == tokenizer.eos_token_ids
+    assert requests(model=silent, tokenizer=tokenizer, ignore_eos=True)[0].stop_ids == ()
+    assert requests(tokenizer=tokenizer)[0].stop_ids == (2, 4)
+    assert requests(model=silent)[0].stop_ids == ()

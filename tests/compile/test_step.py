@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxinfer.aot import Workload, compile_engine
+from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 
 pytestmark = pytest.mark.compile
 
+NEW_JAX = pytest.mark.skipif(
+    jax.__version_info__ < GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
+)
 LAYERS, ROWS, CONTEXT, PAGE, PREFILL = 2, 16, 256, 32, 128
 # Two layers and few words, but heads and widths of tiles that the chips like.
 CONFIG = {
@@ -36,7 +41,7 @@ def test_a_step_of_the_reference(model, target, devices):
         target,
         Workload(
             model=str(model), batch=ROWS, context=CONTEXT, prefill=PREFILL, page_size=PAGE,
-            tensor_parallel_size=devices,
+            tensor_parallel_size=devices, attention_backend="reference",
         ),
     )  # fmt: skip
     assert found.fits
@@ -58,12 +63,32 @@ def test_a_step_of_the_reference(model, target, devices):
         assert [one for one in program.copies if one.bytes >= pool] == []
 
 
-@pytest.mark.xfail(reason="a pool of narrow heads has pages in its lanes: turning it costs copies")
-def test_narrow_heads_copy_no_pool_on_tpu(model, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 64}))
-    found = compile_engine("v6e:1", Workload(model=str(tmp_path), batch=ROWS, context=1024))
-    pool = (ROWS * 1024 // PAGE + 1) * PAGE * 4 * 64 * 2
-    assert [one for one in found.programs["decode"].copies if one.bytes >= pool] == []
+# Kernels of a decode step and of one with prompts too: of each layer, those that write and attend.
+TPU_KERNELS, GPU_KERNELS = (2, 3), (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "head_dim", "kernels"),
+    [
+        ("v6e:1", 128, TPU_KERNELS),
+        ("v6e:1", 64, TPU_KERNELS),  # XLA would lay these pages out otherwise, and copy them
+        ("tpu7x:1", 128, TPU_KERNELS),
+        pytest.param("h200:1", 128, GPU_KERNELS, marks=NEW_JAX),
+        pytest.param("b200:1", 128, GPU_KERNELS, marks=NEW_JAX),
+    ],
+)
+def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, kernels):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": head_dim}))
+    found = compile_engine(
+        target,
+        Workload(model=str(tmp_path), batch=ROWS, context=1024, prefill=PREFILL, page_size=128),
+    )
+    pool = (ROWS * 1024 // 128 + 1) * 128 * 4 * head_dim * 2
+    for name, count in zip(("decode", "prefill"), kernels, strict=True):
+        program = found.programs[name]
+        assert sum(program.kernels.values()) == count * LAYERS
+        assert len(program.aliased) == program.donated == 2 * LAYERS + 1
+        assert [one for one in program.copies if one.bytes >= pool] == []
 
 
 @pytest.mark.parametrize("target", ["v5e:1", "h100:1"])
