@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -164,7 +163,7 @@ class Step:
         )
 
     def compile(self, weights: dict[str, Any], table: SamplingTable) -> None:
-        """Compile every bucket, several at a time; `weights` and `table` may be abstract."""
+        """Compile every bucket, two at a time; `weights` and `table` may be abstract."""
         started = time.perf_counter()
         weights, table = jax.tree.map(_abstract, (weights, table))
         history_width = self.abstract_state.history_BT.shape[1]
@@ -184,7 +183,7 @@ class Step:
         )
         with (
             jax.set_mesh(self.mesh),
-            ThreadPoolExecutor(_compile_threads()) as threads,
+            ThreadPoolExecutor(max_workers=2) as threads,
             tqdm(total=len(jobs), desc="compiling", unit="program", disable=None) as bar,
         ):
             running = []
@@ -257,11 +256,6 @@ class Step:
         return jax.jit(run, donate_argnums=1).lower(
             top, self.abstract_state.history_BT, hidden, selection
         )
-
-
-def _compile_threads() -> int:
-    """One compilation keeps more than one core busy, but rarely two."""
-    return min(max(2, (os.cpu_count() or 2) // 2), 8)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
