@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.kernels.paged_attention import capped
-from jaxinfer.kernels.tpu import FOUR_BITS, LANES, in_chunks, planes
+from jaxinfer.kernels.tpu import FOUR_BITS, LANES, across, divide, in_chunks, planes
 from jaxinfer.kernels.write_pages import Pool
 
 # Instead of -inf, which would make NaN of a difference.  Where it is all that a query has seen, its
@@ -124,28 +124,26 @@ class _Core:
         self.q_TKGH, self.tables, self.pool, self.sinks = q_TKGH, tables, pool, sinks
         self.out_TKGH, self.scratch, self.options = out_TKGH, scratch, options
         self.blocks, self.page_size = options.blocks, pool.k_PKSH.shape[2]
-        group, self.part = _divide(pl.program_id(0), options.blocks.parts)
+        group, self.part = divide(pl.program_id(0), options.blocks.parts)
         self.heads = pl.ds(group * options.blocks.heads, options.blocks.heads)
 
     def run(self, begin: Array, end: Array) -> None:
-        """Work off this core's share of the rows [begin, end)."""
-        depth, first_row = self.blocks.depth, begin + self.part
-        self.end_row = end
+        """Work off this core's share of the rows [begin, end).  The first turns only copy."""
+        depth, first_row, self.end_row = self.blocks.depth, begin + self.part, end
         self.scratch.sent[0] = 0
         for ahead in range(TABLES - 1):
             self.table(first_row + ahead * self.blocks.parts, "start")
         zero = jnp.int32(0)
         start = Cursor(first_row, zero, zero)
-        ahead = lax.fori_loop(0, depth - 1, lambda buffer, ahead: self.fetch(ahead, buffer), start)
 
         def step(state):
-            here, ahead, buffer = state
-            last = jnp.where(buffer == 0, depth - 1, buffer - 1)
-            ahead = self.fetch(ahead, last)
-            self.attend(here, buffer)
-            return self.following(here), ahead, jnp.where(buffer == depth - 1, 0, buffer + 1)
+            here, ahead, count = state
+            ahead = self.fetch(ahead, lax.rem(count, depth))
+            buffer = lax.rem(count + 1, depth)
+            here = lax.cond(count + 1 < depth, lambda: here, lambda: self.attend(here, buffer))
+            return here, ahead, count + 1
 
-        lax.while_loop(lambda state: state[0].row < self.end_row, step, (start, ahead, zero))
+        lax.while_loop(lambda state: state[0].row < end, step, (start, start, zero))
         self.send(self.scratch.sent[0], zero, "wait")
 
     def clear(self, begin: Array, end: Array) -> None:
@@ -228,11 +226,15 @@ class _Core:
         for source, target in pages:
             getattr(pltpu.make_async_copy(source, target.at[buffer, index], sem), action)()
 
-    def queries(self, here: Cursor, buffer: Array, action: str) -> None:
-        """Start or await the copy of a tile's queries; a last one may be short."""
+    def tokens(self, here: Cursor) -> tuple[Array, Array]:
+        """The first token of a tile, and how many it has: a row's last tile may be short."""
         done = here.tile * self.blocks.queries
-        token = self.starts_B[here.row] + done
         count = jnp.minimum(self.lens_B[here.row] - done, self.blocks.queries)
+        return self.starts_B[here.row] + done, count
+
+    def queries(self, here: Cursor, buffer: Array, action: str) -> None:
+        """Start or await the copy of a tile's queries."""
+        token, count = self.tokens(here)
 
         def copy(offset, size):
             source = self.q_TKGH.at[pl.ds(token + offset, size), self.heads]
@@ -266,7 +268,7 @@ class _Core:
 
             @pl.loop(begin, end)
             def _(entry):
-                chunk, lane = _divide(entry, LANES)
+                chunk, lane = divide(entry, LANES)
                 page = self.scratch.tables[slot, chunk, 0, lane]
                 self.page(page, buffer, entry - begin, "start")
 
@@ -278,8 +280,8 @@ class _Core:
 
         return lax.cond(ahead.row < self.end_row, start, lambda: ahead)
 
-    def attend(self, here: Cursor, buffer: Array) -> None:
-        """Fold a block into its tile; the last one finishes the tile."""
+    def attend(self, here: Cursor, buffer: Array) -> Cursor:
+        """Fold a block into its tile, which its last one finishes; returns the next one's place."""
         first, last = self.span(here.row, here.tile)
         begin, end, finished = self.entries(here)
 
@@ -305,9 +307,10 @@ class _Core:
         def _():
             self.send(scratch.sent[0], jnp.int32(0), "wait")
             self.finish_tile()
-            done = here.tile * self.blocks.queries
-            scratch.sent[0] = jnp.minimum(self.lens_B[here.row] - done, self.blocks.queries)
-            self.send(scratch.sent[0], self.starts_B[here.row] + done, "start")
+            token, scratch.sent[0] = self.tokens(here)
+            self.send(scratch.sent[0], token, "start")
+
+        return self.following(here)
 
     def begin_tile(self, buffer: Array) -> None:
         """Queries as matrices, and nothing seen yet but the sinks."""
@@ -358,7 +361,7 @@ class _Core:
 
         old_peak = scratch.peak[head]
         peak = jnp.maximum(old_peak, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp(scores - _lanes(peak, slots))
+        weights = jnp.exp(scores - across(peak, slots))
         shrink = jnp.exp(old_peak - peak)
         scratch.peak[head] = peak
         scratch.total[head] = scratch.total[head] * shrink + jnp.sum(weights, 1, keepdims=True)
@@ -369,7 +372,7 @@ class _Core:
             # A NaN that nobody may see would survive its zero weight: 0 · NaN = NaN.
             v = jnp.where(copied, v.reshape(slots, width), jnp.zeros((), dtype))
             update = product(weights.astype(dtype), v, (((1,), (0,)), ((), ())))
-            scratch.acc[head, plane] = scratch.acc[head, plane] * _lanes(shrink, width) + update
+            scratch.acc[head, plane] = scratch.acc[head, plane] * across(shrink, width) + update
 
     def finish_tile(self) -> None:
         scratch = self.scratch
@@ -378,13 +381,8 @@ class _Core:
             acc = jnp.concatenate(
                 [scratch.acc[head, plane] for plane in range(scratch.acc.shape[1])], axis=1
             )
-            result = acc / _lanes(scratch.total[head], width)
+            result = acc / across(scratch.total[head], width)
             scratch.out[:, head] = result.reshape(Q, G, width).astype(scratch.out.dtype)
-
-
-def _divide(number: Array, divisor: int) -> tuple[Array, Array]:
-    """Quotient and remainder of what is not negative."""
-    return lax.div(number, divisor), lax.rem(number, divisor)
 
 
 def attend(*refs, options: Options) -> None:
@@ -393,8 +391,3 @@ def attend(*refs, options: Options) -> None:
     core = _Core(*refs, options=options)
     core.run(bounds[0], bounds[1])
     core.clear(bounds[2], bounds[3])
-
-
-def _lanes(column: Array, width: int) -> Array:
-    """A column that is repeated in LANES lanes, in `width` of them."""
-    return jnp.concatenate([column] * pl.cdiv(width, LANES), axis=1)[:, :width]

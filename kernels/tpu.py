@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
@@ -73,6 +73,16 @@ def padded_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     tile = min(tile, max(1 << (rows - 1).bit_length(), packing(dtype)))
     padded = round_up(rows, tile) * round_up(width, LANES)
     return math.prod(outer) * padded * jnp.dtype(dtype).itemsize
+
+
+def divide(number: Array, divisor: int) -> tuple[Array, Array]:
+    """Quotient and remainder of what is not negative."""
+    return lax.div(number, divisor), lax.rem(number, divisor)
+
+
+def across(column: Array, width: int) -> Array:
+    """A column that is repeated in LANES lanes, in `width` of them."""
+    return jnp.concatenate([column] * pl.cdiv(width, LANES), axis=1)[:, :width]
 
 
 def in_chunks(count: Array, most: int, copy: Callable[[Array, int], None]) -> None:
