@@ -21,12 +21,13 @@ def plan(*, platform="gpu", free=8 * GIB, weights=GIB, slot=SLOT, model=MODEL, *
 
 
 @pytest.mark.parametrize(
-    ("platform", "rows", "tokens"), [("cpu", 32, 256), ("gpu", 256, 2048), ("tpu", 256, 2048)]
+    ("platform", "rows", "tokens", "slots"),
+    [("cpu", 32, 256, 32), ("gpu", 256, 2048, 64), ("tpu", 256, 2048, 128)],
 )
-def test_limits_that_are_left_open(platform, rows, tokens):
+def test_limits_that_are_left_open(platform, rows, tokens, slots):
     limits = plan(platform=platform).limits
     assert (limits.max_batch_size, limits.max_num_tokens) == (rows, tokens)
-    assert (limits.page_size, limits.max_seq_len) == (32, 4096)
+    assert (limits.page_size, limits.max_seq_len) == (slots, 4096)
     assert plan(platform=platform, max_batch_size=5000).limits.max_num_tokens == 5000
 
 
@@ -40,7 +41,7 @@ def test_limits_that_are_given():
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
 def test_the_cache_takes_its_share_of_what_is_left(fraction):
     sizes = plan(free_memory_fraction=fraction)
-    memory, page = sizes.memory, 32 * SLOT
+    memory, page = sizes.memory, 64 * SLOT
     left = memory.total - memory.weights - memory.workspace
     assert memory.kv_cache == sizes.num_pages * page
     assert left * fraction - page < memory.kv_cache <= left * fraction
@@ -59,7 +60,7 @@ def test_on_cpu_the_cache_is_what_a_full_batch_can_use():
 
 def test_sequences_are_no_longer_than_the_cache():
     short = plan(free=GIB + 60 * 2**20, max_batch_size=4, max_num_tokens=64)
-    held = (short.num_pages - 1) * 32
+    held = (short.num_pages - 1) * 64
     assert short.limits.max_seq_len == held < 4096
     with pytest.raises(InsufficientMemoryError, match=f"holds {held} tokens.*max_seq_len") as told:
         plan(free=GIB + 60 * 2**20, max_batch_size=4, max_num_tokens=64, max_seq_len=held + 1)
