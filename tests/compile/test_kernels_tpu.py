@@ -22,6 +22,8 @@ from jaxinfer.kernels.paged_attention_tpu import paged_attention
 from jaxinfer.kernels.tpu import padded_bytes, row_major
 from jaxinfer.kernels.write_pages_tpu import write_pages
 
+pytestmark = pytest.mark.compile
+
 ROOT = Path(__file__).parents[2]
 # Topology; bytes of vector memory that kernels may use; cores of a device.
 CHIPS = {
