@@ -8,7 +8,7 @@ or raises; nothing falls back in silence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,10 +58,7 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
     if asked == "auto":
         if chip is None or not serving:
             own = None if chip is None else refusals["mosaic_gpu" if chip.gpu else "mosaic_tpu"]
-            return PageOps(
-                REFERENCE.backend, REFERENCE.paged_attention, REFERENCE.write_pages,
-                why=own or "there are kernels for TPUs and NVIDIA GPUs only",
-            )  # fmt: skip
+            return replace(REFERENCE, why=own or "there are kernels for TPUs and NVIDIA GPUs only")
         return _KERNELS[serving[0]][1](chip, f"serves {chip.name}")
     if asked == "reference":
         return REFERENCE

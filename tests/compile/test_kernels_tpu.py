@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+from jaxinfer.configs import load_chip
 from jaxinfer.kernels import cases
 from jaxinfer.kernels.paged_attention_tpu import paged_attention
 from jaxinfer.kernels.tpu import padded_bytes, row_major
@@ -25,13 +26,10 @@ from jaxinfer.kernels.write_pages_tpu import write_pages
 pytestmark = pytest.mark.compile
 
 ROOT = Path(__file__).parents[2]
-# Topology; bytes of vector memory that kernels may use; cores of a device.
+# With the slice whose first device they are compiled for.
 CHIPS = {
-    "tpu-v5e": ("v5e:2x4", 100 * 2**20, 1),
-    "tpu-v6e": ("v6e:2x4", 100 * 2**20, 1),
-    "tpu-v5p": ("v5p:2x2x2", 80 * 2**20, 2),
-    "tpu7x": ("tpu7x:2x2x1", 56 * 2**20, 1),
-}
+    "tpu-v5e": "v5e:2x4", "tpu-v6e": "v6e:2x4", "tpu-v5p": "v5p:2x2x2", "tpu7x": "tpu7x:2x2x1",
+}  # fmt: skip
 # Every format with rows of 128 lanes; shorter and longer rows, and sinks, in bfloat16.
 NAMES = [
     name
@@ -53,8 +51,8 @@ def layer(q, k, v, pool, rows, sinks, *, vmem_bytes, num_cores, window, soft_cap
 
 
 def compile_case(case: cases.Case, chip: str) -> dict:
-    topology, vmem_bytes, num_cores = CHIPS[chip]
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    tpu = load_chip(chip).tpu
+    device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     q, pool, rows = cases.abstract(case)
     new = jax.ShapeDtypeStruct((case.num_tokens, case.K, case.H), q.dtype)
@@ -64,7 +62,7 @@ def compile_case(case: cases.Case, chip: str) -> dict:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=how(a)), tree)
 
     function = partial(
-        layer, vmem_bytes=vmem_bytes, num_cores=num_cores, window=case.window,
+        layer, vmem_bytes=tpu.vmem_bytes, num_cores=tpu.cores, window=case.window,
         soft_cap=case.soft_cap,
     )  # fmt: skip
     formats = jax.tree.map(lambda a: row_major(a, sharding), pool)
