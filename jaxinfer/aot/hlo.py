@@ -144,16 +144,18 @@ class Module:
     entry: Computation
     aliases: tuple[int, ...]
 
-    def executed(self) -> Iterator[tuple[int, Instruction]]:
-        """Every instruction that runs as a unit (not those inside a fusion), with how often.
+    def executed(self) -> Iterator[tuple[int, Computation, Instruction]]:
+        """Every instruction that runs as a unit (not those inside a fusion): how often, and where.
 
         A loop whose number of turns is unknown counts one; a conditional counts all its branches.
         """
         return self._executed(self.entry, 1)
 
-    def _executed(self, computation: Computation, times: int) -> Iterator[tuple[int, Instruction]]:
+    def _executed(
+        self, computation: Computation, times: int
+    ) -> Iterator[tuple[int, Computation, Instruction]]:
         for one in computation.instructions.values():
-            yield times, one
+            yield times, computation, one
             if one.opcode == "while":
                 turns = trip_count(self, computation, one) or 1
                 for name in (one.called("body"), one.called("condition")):

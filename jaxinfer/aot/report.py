@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.aot.hlo import Instruction, Module, Shape, parse
-from jaxinfer.aot.traffic import FREE_TARGETS, traffic
+from jaxinfer.aot.traffic import FREE_TARGETS, kernel_traffic, traffic
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -62,7 +62,8 @@ class Report:
 
     arguments: name and bytes of each, in order.  aliased: names of those whose memory a result
     takes over.  donated: how many were given for that.
-    hbm_bytes: read and written in main memory, see `traffic.traffic`.
+    hbm_bytes: read and written in main memory, see `traffic.traffic`.  kernel_bytes: of these, by
+    Pallas kernels.
     unknown_loops: loops whose number of turns depends on data; they count as asked for.
     collectives: asynchronous ones count once.
     copies: whole arrays from main memory to main memory, transposed or not.
@@ -79,6 +80,7 @@ class Report:
     aliased: tuple[str, ...] = dataclasses.field(repr=False)
     donated: int
     hbm_bytes: int
+    kernel_bytes: int
     unknown_loops: int
     collectives: tuple[Moved, ...]
     copies: tuple[Moved, ...]
@@ -117,15 +119,19 @@ def read(text: str, unknown_trips: int = 1) -> dict[str, Any]:
     parameters = module.entry.parameters
     collectives, copies = Counter[tuple[str, Shape]](), Counter[tuple[str, Shape]]()
     kernels, others, callbacks = Counter[str](), Counter[str](), Counter[str]()
-    for times, one in module.executed():
+    kernel_bytes = 0
+    for times, computation, one in module.executed():
         if kind := _collective(one):
             for shape in _exchanged(module, one):
                 collectives[kind, shape] += times
         elif shape := _copied(module, one):
             copies["copy", shape] += times
         elif one.target and one.target not in FREE_TARGETS:
-            kinds = kernels if KERNELS.search(one.target) else others
-            kinds[one.target] += times
+            is_kernel = KERNELS.search(one.target) is not None
+            (kernels if is_kernel else others)[one.target] += times
+            if is_kernel:
+                operands = [computation.instructions[name] for name in one.operands]
+                kernel_bytes += times * kernel_traffic(one, operands)
             if CALLBACKS.search(one.target):
                 callbacks[one.target] += times
         elif one.opcode in HOST_TRANSFERS and "is_host_transfer=false" not in one.rest:
@@ -140,6 +146,7 @@ def read(text: str, unknown_trips: int = 1) -> dict[str, Any]:
         "arguments": tuple((one.label, one.bytes) for one in parameters),
         "aliased": tuple(parameters[number].label for number in module.aliases),
         "hbm_bytes": moved.bytes,
+        "kernel_bytes": kernel_bytes,
         "unknown_loops": moved.unknown_loops,
         "collectives": _listed(collectives),
         "copies": _listed(copies),

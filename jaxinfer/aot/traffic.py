@@ -80,8 +80,10 @@ class _Counter:
         if inner is not None:
             return self.fusion(self.module.computations[inner], operands)
         if one.target:
-            return kernel_bytes(one, operands)
+            return kernel_traffic(one, operands)
         if one.opcode.endswith("-start"):  # what it writes is counted at its other half
+            if one.opcode.removesuffix("-start") in SLICES:
+                return min(_result_size(one), operands[0].bytes)
             return sum(operand.bytes for operand in operands)
         if one.opcode in SLICES:
             return one.bytes * 2 + sum(operand.bytes for operand in operands[1:])
@@ -148,6 +150,11 @@ def _size(one: Instruction) -> int:
     return sum(shape.bytes for shape in one.shapes)
 
 
+def _result_size(one: Instruction) -> int:
+    """Size of what an asynchronous instruction returns: its shapes are the operands' first."""
+    return one.shapes[len(one.operands)].bytes
+
+
 def _update_bytes(one: Instruction, operands: list[Instruction]) -> int:
     """Size of what an update or a scatter writes into its first operand."""
     count = len(one.shapes)
@@ -156,7 +163,7 @@ def _update_bytes(one: Instruction, operands: list[Instruction]) -> int:
     return sum(_size(part) for part in parts)
 
 
-def kernel_bytes(one: Instruction, operands: list[Instruction]) -> int:
+def kernel_traffic(one: Instruction, operands: list[Instruction]) -> int:
     """What a custom call moves."""
     if said := estimate(one).get("bytes_accessed"):
         return int(said)

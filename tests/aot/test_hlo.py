@@ -134,6 +134,20 @@ def test_a_prefetch_to_the_chip_is_read_once():
     assert found.bytes == 3 * ARRAY  # w on its way to the chip, x, and the sum
 
 
+def test_a_slice_on_its_way_to_the_chip_reads_what_it_returns():
+    found = traffic(
+        parse(
+            entry("""\
+  %w = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %start = ((f32[64,128]{1,0:T(8,128)}), f32[16,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:16], [0:128]}
+  %done = f32[16,128]{1,0:T(8,128)S(1)} slice-done(%start)
+  ROOT %sum = f32[16,128]{1,0:T(8,128)S(1)} sine(%done)
+""")  # noqa: E501
+        )
+    )
+    assert found.bytes == ARRAY // 4
+
+
 IN_PLACE = """\
 %inside (pool: f32[1000,128], row: f32[2,128], at: s32[]) -> f32[1000,128] {
   %pool = f32[1000,128]{1,0} parameter(0)
@@ -215,7 +229,9 @@ def test_a_kernel_costs_what_it_says_or_its_arrays_once(attributes, size):
   ROOT %k = f32[64,128]{{1,0}} custom-call(%p, %q), custom_call_target="tpu_custom_call"{attributes}
 """)
     assert traffic(parse(text)).bytes == size
-    assert read(text)["kernels"] == {"tpu_custom_call": 1}
+    found = read(text)
+    assert found["kernels"] == {"tpu_custom_call": 1}
+    assert found["kernel_bytes"] == found["hbm_bytes"] == size
 
 
 def test_copies_are_found_in_fusions_and_between_memories():
