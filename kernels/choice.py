@@ -7,12 +7,14 @@ or raises; nothing falls back in silence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxinfer.configs import Chip
@@ -25,6 +27,11 @@ from jaxinfer.kernels.write_pages import Pool
 GPU_NEEDS_JAX = (0, 11)
 
 
+def plain_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes that an array takes in memory where nothing is padded, as on CPUs and GPUs."""
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
 @dataclass(frozen=True)
 class PageOps:
     """The operations over pages of one backend, with the facts of the hardware bound in.
@@ -32,6 +39,7 @@ class PageOps:
     paged_attention, write_pages: as in the modules of these names.
     why: what decided for this backend, in words.
     row_major: pools must lie in memory in the order of their axes (see `tpu.row_major`).
+    array_bytes: bytes that a pool's array of a shape and dtype takes there, padding included.
     """
 
     backend: str
@@ -39,6 +47,7 @@ class PageOps:
     write_pages: Callable[..., Pool]
     why: str = "asked for"
     row_major: bool = False
+    array_bytes: Callable[[tuple[int, ...], Any], int] = plain_bytes
 
 
 REFERENCE = PageOps("reference", reference_attention.paged_attention, reference_write.write_pages)
@@ -58,10 +67,10 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
     if asked == "auto":
         if chip is None or not serving:
             own = None if chip is None else refusals["mosaic_gpu" if chip.gpu else "mosaic_tpu"]
-            return replace(REFERENCE, why=own or "there are kernels for TPUs and NVIDIA GPUs only")
+            return _reference(chip, own or "there are kernels for TPUs and NVIDIA GPUs only")
         return _KERNELS[serving[0]][1](chip, f"serves {chip.name}")
     if asked == "reference":
-        return REFERENCE
+        return _reference(chip, "asked for")
     if refusals[asked] is not None:
         raise ConfigError(
             f"EngineConfig.attention_backend: {asked} cannot serve here: {refusals[asked]}; what "
@@ -69,6 +78,18 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
         )
     assert chip is not None
     return _KERNELS[asked][1](chip, "asked for")
+
+
+def _reference(chip: Chip | None, why: str) -> PageOps:
+    """On a TPU with the kernels' order of axes: what a pool takes there must be known before."""
+    layout = {} if chip is None or chip.tpu is None else _tpu_layout()
+    return replace(REFERENCE, why=why, **layout)
+
+
+def _tpu_layout() -> dict[str, Any]:
+    from jaxinfer.kernels.tpu import padded_bytes
+
+    return {"row_major": True, "array_bytes": padded_bytes}
 
 
 def _refuse_tpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
@@ -87,7 +108,7 @@ def _make_tpu(chip: Chip, why: str) -> PageOps:
     facts = {"vmem_bytes": chip.tpu.vmem_bytes, "num_cores": chip.tpu.cores}
     return PageOps(
         "mosaic_tpu", partial(paged_attention, **facts), partial(write_pages, **facts), why,
-        row_major=True,
+        **_tpu_layout(),
     )  # fmt: skip
 
 

@@ -126,9 +126,7 @@ def paged_attention(
     return call(tiles, rows.num_single, rows.num_rows, rows.num_tokens, out_TKGH)
 
 
-def _cost(
-    q_TKGH: Array, pool: Pool, rows: Rows, window: int | None, calls: int
-) -> pl.CostEstimate:
+def _cost(q_TKGH: Array, pool: Pool, rows: Rows, window: int | None, calls: int) -> pl.CostEstimate:
     """What one of `calls` that share the work costs if all pages are in use: those that rows can
     see are read once, queries are read and results written."""
     sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool, page_table_BM=rows.page_table_BM)
