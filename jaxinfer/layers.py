@@ -127,7 +127,9 @@ def attention(
     that splitting K over devices never separates a query from its key.
     """
     dims(x_TD=x_TD, qkv_DKUH=weights["qkv_DKUH"])
-    qkv_TKUH = jnp.einsum("TD,DKUH->TKUH", x_TD, weights["qkv_DKUH"])
+    # The barrier: on TPU, XLA would give this product the layout in which its halves are rotated,
+    # and bring the weight into an order for that in every step.
+    qkv_TKUH = jax.lax.optimization_barrier(jnp.einsum("TD,DKUH->TKUH", x_TD, weights["qkv_DKUH"]))
     if "qkv_bias_KUH" in weights:
         qkv_TKUH += weights["qkv_bias_KUH"][None]
     q_TKGH, k_TKH, v_TKH = qkv_TKUH[:, :, :-2], qkv_TKUH[:, :, -2], qkv_TKUH[:, :, -1]

@@ -163,7 +163,7 @@ class Module:
             elif one.opcode == "conditional":
                 for name in one.branches:
                     yield from self._executed(self.computations[name], times)
-            elif one.opcode == "call" and (name := one.called("to_apply")):
+            elif one.opcode in ("call", "call-start") and (name := one.called("to_apply")):
                 yield from self._executed(self.computations[name], times)
 
 

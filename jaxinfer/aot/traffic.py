@@ -15,13 +15,17 @@ from jaxinfer.aot.hlo import Computation, Instruction, Module, trip_count
 # They move nothing: names for memory, or the other half of what was counted already.
 FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
-    "partition-id", "replica-id", "add-dependency", "domain",
+    "partition-id", "replica-id", "add-dependency", "domain", "call-update",
 })  # fmt: skip
 # Calls that the TPU compiler puts into the text as annotations.
 FREE_TARGETS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding",
     "SPMDFullToShardShape", "SPMDShardToFullShape",
 })  # fmt: skip
+# The second one is asynchronous, as on a TPU's other cores.
+CALLS = ("call", "call-start")
+# Other halves of what was counted already.
+HALVES = ("-done", "-update")
 SLICES = ("slice", "dynamic-slice", "gather")
 UPDATES = ("dynamic-update-slice", "scatter")
 
@@ -71,7 +75,7 @@ class _Counter:
                 counts.append((self.named(name), self.unknown_loops))
             cheapest, self.unknown_loops = min(counts)
             return cheapest
-        if one.opcode == "call":
+        if one.opcode in CALLS:
             return self.named(one.called("to_apply"))
         operands = [computation.instructions[name] for name in one.operands]
         if one.opcode.endswith("-done"):
@@ -95,7 +99,7 @@ class _Counter:
         return self.computation(self.module.computations[name or ""])
 
     def done(self, one: Instruction, start: Instruction) -> int:
-        if start.called("calls") or start.opcode.endswith("-done"):
+        if start.called("calls") or start.opcode in CALLS or start.opcode.endswith(HALVES):
             return 0
         return one.bytes
 

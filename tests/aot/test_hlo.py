@@ -77,6 +77,7 @@ def test_the_report_names_collectives_and_aliases():
     assert found["aliased"] == ("state['pool']",)
     assert found["arguments"] == (("state['pool']", 8 * 128 * 4), ("x", ARRAY))
     assert found["copies"] == ()  # of a scalar only
+    assert found["largest"] == {"s32": SCALAR, "f32": ARRAY, "pred": 512}
 
 
 def test_a_loop_over_data_counts_as_often_as_told():
@@ -146,6 +147,30 @@ def test_a_slice_on_its_way_to_the_chip_reads_what_it_returns():
         )
     )
     assert found.bytes == ARRAY // 4
+
+
+def test_what_another_core_gathers_is_what_is_returned():
+    found = traffic(
+        parse(
+            entry(
+                """\
+  %table = bf16[50000,64]{1,0} parameter(0)
+  %ids = s32[4]{0} parameter(1)
+  %s = ((bf16[50000,64]{1,0}, s32[4]{0}), bf16[4,64]{1,0}, u32[]{:S(8)}) call-start(%table, %ids), to_apply=%elsewhere
+  %u = ((bf16[50000,64]{1,0}, s32[4]{0}), bf16[4,64]{1,0}, u32[]{:S(8)}) call-update(%s)
+  ROOT %rows = bf16[4,64]{1,0} call-done(%u)
+""",  # noqa: E501
+                """\
+%elsewhere (a: bf16[50000,64], b: s32[4]) -> bf16[4,64] {
+  %a = bf16[50000,64]{1,0} parameter(0)
+  %b = s32[4]{0} parameter(1)
+  ROOT %c = bf16[4,64]{1,0} gather(%a, %b), offset_dims={1}
+}, execution_thread="sparsecore"
+""",
+            )
+        )
+    )
+    assert found.bytes == 2 * (4 * 64 * 2) + 4 * 4
 
 
 IN_PLACE = """\
