@@ -38,7 +38,9 @@ class PageOps:
 
     paged_attention, write_pages: as in the modules of these names.
     why: what decided for this backend, in words.
-    row_major: pools must lie in memory in the order of their axes (see `tpu.row_major`).
+    row_major: pools must lie in memory in the order of their axes.  Where rows are shorter than a
+        TPU's lanes XLA would rather have another order, and would copy the pool before each kernel;
+        so a program must take and return its pool in this one.
     array_bytes: bytes that a pool's array of a shape and dtype takes there, padding included.
     """
 

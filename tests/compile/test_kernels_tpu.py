@@ -11,13 +11,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jaxinfer.aot import compile_for
 from jaxinfer.configs import load_chip
 from jaxinfer.kernels import cases
 from jaxinfer.kernels.paged_attention_tpu import paged_attention
-from jaxinfer.kernels.tpu import CHIPS, padded_bytes, row_major
+from jaxinfer.kernels.tpu import CHIPS, padded_bytes
 from jaxinfer.kernels.write_pages_tpu import write_pages
 
 pytestmark = pytest.mark.compile
@@ -55,7 +56,7 @@ def test_pools_are_written_in_place(chip):
     others, pools = {}, {}
     for name in NAMES:
         others[name], pools[name] = abstract(cases.REAL[name])
-    formats = jax.tree.map(lambda leaf: row_major(leaf, place), pools)
+    formats = jax.tree.map(lambda leaf: Format(Layout(tuple(range(leaf.ndim))), place), pools)
     pools = jax.tree.map(
         lambda leaf, how: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=how), pools, formats
     )
