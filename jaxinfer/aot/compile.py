@@ -160,7 +160,8 @@ def _no_devices(given: Any) -> Any:
 def _on(given: Any, mesh: Mesh) -> Any:
     """The same over a mesh of devices; whole on each of them if there was none."""
     sharding = given.sharding if isinstance(given, Format) else given
-    sharding = NamedSharding(mesh, PartitionSpec() if sharding is None else sharding.spec)
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    sharding = NamedSharding(mesh, spec)
     return Format(given.layout, sharding) if isinstance(given, Format) else sharding
 
 
