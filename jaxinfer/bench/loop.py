@@ -23,7 +23,7 @@ from jaxinfer.bench.side import left_padded
 from jaxinfer.config import ModelConfig
 from jaxinfer.distribution import argmax
 from jaxinfer.errors import ConfigError
-from jaxinfer.layers import apply_rope, rms_norm, rope_tables
+from jaxinfer.layers import apply_rope, linear, rms_norm, rope_tables
 
 # What `ModelConfig` may say without changing the mathematics of a Llama.
 FREE = (
@@ -57,7 +57,7 @@ def attend(
 ) -> tuple[Array, tuple[Array, Array]]:
     """Write keys and values from position `start` on, attend to the first S slots."""
     rows, width, seen = visible_BQS.shape
-    qkv_BQKUH = jnp.einsum("BQD,DKUH->BQKUH", x_BQD, layer["qkv_DKUH"])
+    qkv_BQKUH = _linear(x_BQD, layer["qkv_KUHD"])
     rotated = apply_rope(qkv_BQKUH[..., :-1, :].reshape(rows * width, *_heads(layer)), *rope)
     rotated = rotated.reshape(rows, width, *rotated.shape[1:])
     q_BQKGH, k_BQKH, v_BQKH = rotated[..., :-1, :], rotated[..., -1, :], qkv_BQKUH[..., -1, :]
@@ -69,21 +69,27 @@ def attend(
     scores = scores * q_BQKGH.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible_BQS[:, None, None], scores, HIDDEN), axis=-1)
     out_BQKGH = jnp.einsum("BKGQS,BKSH->BQKGH", weights, v_BKSH[:, :, :seen])
-    # Not an einsum, which would transpose the weight: see layers.attention.
-    contract = ((2, 3, 4), (0, 1, 2)), ((), ())
-    return lax.dot_general(out_BQKGH, layer["out_KGHD"], contract), (k_BKSH, v_BKSH)
+    out_BQD = _linear(out_BQKGH, layer["out_DKGH"])
+    return out_BQD, (k_BKSH, v_BKSH)
+
+
+def _linear(x: Array, weight: Array) -> Array:
+    """`layers.linear` of every token in a batch `[B, Q, …]`."""
+    rows, width = x.shape[:2]
+    result = linear(x.reshape(rows * width, *x.shape[2:]), weight)
+    return result.reshape(rows, width, *result.shape[1:])
 
 
 def _heads(layer: dict[str, Array]) -> tuple[int, int, int]:
     """K, the heads that rotate (queries and the key), H."""
-    _, kv_heads, group, width = layer["qkv_DKUH"].shape
+    kv_heads, group, width, _ = layer["qkv_KUHD"].shape
     return kv_heads, group - 1, width
 
 
 def feed_forward(layer: dict[str, Array], x_BQD: Array) -> Array:
-    gate_up_BQWF = jnp.einsum("BQD,DWF->BQWF", x_BQD, layer["gate_up_DWF"])
+    gate_up_BQWF = _linear(x_BQD, layer["gate_up_WFD"])
     hidden_BQF = jax.nn.silu(gate_up_BQWF[:, :, 0]) * gate_up_BQWF[:, :, 1]
-    return jnp.einsum("BQF,FD->BQD", hidden_BQF, layer["down_FD"])
+    return _linear(hidden_BQF, layer["down_DF"])
 
 
 def forward(

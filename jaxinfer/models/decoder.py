@@ -41,7 +41,7 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
             tree[name] = Parameter(axes, tuple(config.sizes[axis] for axis in axes), init)
         return tree
 
-    layer = ["qkv_DKUH", "out_KGHD", "gate_up_DWF", "down_FD"]
+    layer = ["qkv_KUHD", "out_DKGH", "gate_up_WFD", "down_DF"]
     layer += ["attn_norm_D", "mlp_norm_D"] * config.pre_norm
     layer += ["attn_post_norm_D", "mlp_post_norm_D"] * config.post_norm
     layer += ["qkv_bias_KUH"] * config.qkv_bias
