@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxinfer.bench.side import left_padded
 from jaxinfer.config import ModelConfig
-from jaxinfer.distribution import argmax
+from jaxinfer.distribution import argmax_of_columns
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers import apply_rope, linear, rms_norm, rope_tables
 
@@ -102,7 +102,7 @@ def forward(
     config: ModelConfig,
     seen: int,
 ) -> tuple[Cache, Array]:
-    """Run Q tokens of every row from position `start` on; returns the last one's logits [B, V].
+    """Run Q tokens of every row from position `start` on; returns the last one's logits [V, B].
 
     pads_B: how many positions at the front of each row are padding.  seen: slots attended to.
     """
@@ -127,7 +127,7 @@ def forward(
         x_BQD += feed_forward(layer, norm(x_BQD, layer["mlp_norm_D"]))
     last_BD = norm(x_BQD[:, -1:], weights["final_norm_D"])[:, 0]
     head_VD = weights.get("head_VD", weights["embed_VD"])
-    return written, jnp.einsum("BD,VD->BV", last_BD, head_VD)
+    return written, jnp.einsum("VD,BD->VB", head_VD, last_BD)
 
 
 class Loop:
@@ -190,16 +190,16 @@ class Loop:
         width = -(-len(tokens) // 64) * 64  # few programs for all lengths
         pads = np.array([width - len(tokens)], np.int32)
         padded = np.array([[0] * pads[0] + tokens], np.int32)
-        _, logits_BV, _ = self._prefill(
+        _, logits_VB, _ = self._prefill(
             self._weights, self._empty(1, width), padded, pads_B=pads, config=self._config,
             seen=width,
         )  # fmt: skip
-        return np.asarray(logits_BV[0])
+        return np.asarray(logits_VB[:, 0])
 
     def close(self) -> None:
         self._caches.clear()
 
 
 def _greedy(weights, cache, tokens_BQ, *, start, pads_B, config, seen):
-    cache, logits_BV = forward(weights, cache, tokens_BQ, start, pads_B, config=config, seen=seen)
-    return cache, logits_BV, argmax(logits_BV)
+    cache, logits_VB = forward(weights, cache, tokens_BQ, start, pads_B, config=config, seen=seen)
+    return cache, logits_VB, argmax_of_columns(logits_VB)

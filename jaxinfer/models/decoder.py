@@ -86,6 +86,6 @@ def forward(
 
 
 def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:
-    """Final norm and output projection: [B, D] → float32 [B, V]."""
+    """Final norm and output projection: [B, D] → float32 [V, B]."""
     normed_BD = layers.norm(hidden_BD, weights["final_norm_D"], config)
     return layers.logits(weights.get("head_VD", weights["embed_VD"]), normed_BD, config)
