@@ -405,7 +405,7 @@ def test_facts_that_make_no_sense(saved, field, value, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("intermediate_size", 30, r"down_DF has the shape \[36, 36\].*must be \[30, 36\]"),
+        ("intermediate_size", 30, r"down_DF has the shape \[36, 36\].*must be \[36, 30\]"),
         ("num_layers", 3, r"parameters are missing, such as layers\.2\."),
         ("num_layers", 1, r"parameters are left over, such as layers\.1\."),
         ("qkv_bias", True, r"2 parameters are missing, such as layers\.0\.qkv_bias_KUH"),
