@@ -108,7 +108,10 @@ def test_bucket_sizes_waste_little():
 
 def test_default_limits_compile_few_programs():
     limits = Limits(max_batch_size=32, max_num_tokens=256, max_seq_len=512, page_size=32)
-    buckets = Buckets.for_limits(limits)
+    buckets = Buckets.for_limits(limits, "cpu")
+    assert len(buckets.tokens) + len(buckets.rows) <= 28
+    limits = Limits(max_batch_size=256, max_num_tokens=2048, max_seq_len=512, page_size=64)
+    buckets = Buckets.for_limits(limits, "gpu")
     assert len(buckets.tokens) + len(buckets.rows) <= 28
 
 
