@@ -19,6 +19,11 @@ from jaxinfer.scheduler import Limits, Plan
 from jaxinfer.shapes import Leaf
 
 
+# How many tokens a step may have before each one more costs time: until then reading the weights
+# takes longer than computing with them (FLOP/s over twice the weights that arrive in a second).
+FINEST = {"cpu": 8}
+
+
 @struct.dataclass
 class Inputs:
     """What the backbone reads: rows and positions; the tokens themselves are in the history.
@@ -67,13 +72,14 @@ class Buckets:
     max_rows: int
 
     @classmethod
-    def for_limits(cls, limits: Limits, deterministic: bool = False) -> Buckets:
+    def for_limits(cls, limits: Limits, platform: str, deterministic: bool = False) -> Buckets:
         """All sizes up to the limits; if deterministic one alone, and a row per token, so that
         every token goes through the same operations whatever else is in the step."""
         tokens, rows = limits.max_num_tokens, limits.max_batch_size
         if deterministic:
             return cls((tokens,), (rows,), max_rows=tokens)
-        return cls(bucket_sizes(tokens), bucket_sizes(rows, finest=32), max_rows=rows)
+        finest = FINEST.get(platform, 256)
+        return cls(bucket_sizes(tokens, finest), bucket_sizes(rows, max(finest, 32)), rows)
 
     def num_tokens(self, count: int) -> int:
         """Tokens of the smallest backbone that holds `count`."""

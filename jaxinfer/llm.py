@@ -61,7 +61,11 @@ class LLM:
             self.model_config,
             loaded.mesh,
             self.limits,
-            Buckets.for_limits(self.limits, self.engine_config.deterministic),
+            Buckets.for_limits(
+                self.limits,
+                loaded.mesh.devices.flat[0].platform,
+                self.engine_config.deterministic,
+            ),
             loaded.sizes.num_pages,
             loaded.dtype,
             loaded.cache_dtype,

@@ -36,6 +36,16 @@ from jaxinfer.shapes import Leaf
 
 logger = logging.getLogger(__name__)
 
+# A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
+# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
+COMPILER_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
+        )
+    }
+}
+
 
 @struct.dataclass
 class State:
@@ -79,9 +89,9 @@ def head(
 ) -> tuple[Array, Sampled]:
     """Logits of the selected positions, their next tokens, and these written to the history."""
     hidden_BD = hidden_BD[: len(selection.slots_B)]
-    logits_BV = decoder.logits(weights, hidden_BD, config)
+    logits_VB = decoder.logits(weights, hidden_BD, config)
     sampled = sample(
-        logits_BV,
+        logits_VB,
         history_BT,
         selection.table,
         selection.slots_B,
@@ -181,6 +191,7 @@ class Step:
             .lower(self.abstract_state.history_BT, self._ints(), self._ints(1, history_width))
             .compile()
         )
+        options = COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
         with (
             jax.set_mesh(self.mesh),
             ThreadPoolExecutor(max_workers=2) as threads,
@@ -191,7 +202,7 @@ class Step:
                 lowered = lower()
 
                 def finish(programs=programs, size=size, lowered=lowered) -> None:
-                    programs[size] = lowered.compile()
+                    programs[size] = lowered.compile(compiler_options=options)
                     bar.update()
 
                 running.append(threads.submit(finish))

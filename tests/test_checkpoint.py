@@ -88,15 +88,15 @@ def expected(files):
 
     def heads(kind, prefix):
         values = tensors[prefix + kind]
-        return [values[i : i + width].T for i in range(0, len(values), width)]
+        return [values[i : i + width] for i in range(0, len(values), width)]
 
     def fused(prefix, kind):
         q, k, v = (heads(f"{x}_proj.{kind}", prefix) for x in "qkv")
         per_kv = [
-            np.stack([*q[i * group : (i + 1) * group], k[i], v[i]], axis=-2)
+            np.stack([*q[i * group : (i + 1) * group], k[i], v[i]])
             for i in range(config.num_kv_heads)
         ]
-        return np.stack(per_kv, axis=-3)
+        return np.stack(per_kv)
 
     tree = {
         "embed_VD": tensors["model.embed_tokens.weight"],
@@ -108,19 +108,17 @@ def expected(files):
     for i in range(config.num_layers):
         base = f"model.layers.{i}."
         attention, mlp = base + "self_attn.", base + "mlp."
-        out = tensors[attention + "o_proj.weight"].T
         layer = {
             **norms(tensors, base, config),
-            "qkv_DKUH": fused(attention, "weight"),
-            "out_KGHD": np.stack(
-                [np.stack([out[(k * group + g) * width :][:width] for g in range(group)])
-                 for k in range(config.num_kv_heads)]
+            "qkv_KUHD": fused(attention, "weight"),
+            "out_DKGH": tensors[attention + "o_proj.weight"].reshape(
+                -1, config.num_kv_heads, group, width
             ),
-            "gate_up_DWF": np.stack(
-                [tensors[mlp + "gate_proj.weight"].T, tensors[mlp + "up_proj.weight"].T], 1
+            "gate_up_WFD": np.stack(
+                [tensors[mlp + "gate_proj.weight"], tensors[mlp + "up_proj.weight"]]
             ),
-            "down_FD": tensors[mlp + "down_proj.weight"].T,
-        }  # fmt: skip
+            "down_DF": tensors[mlp + "down_proj.weight"],
+        }
         if config.qkv_bias:
             layer["qkv_bias_KUH"] = fused(attention, "bias")
         if config.out_bias:
@@ -173,17 +171,13 @@ def test_formats_in_the_file(copied, stored, dtype):
 @pytest.mark.parametrize(
     ("name", "devices"), [("qwen3", 2), ("llama3", 2), ("mistral", 2), ("phi3", 1), ("olmo2", 2)]
 )
-def test_chunks_of_any_size_give_the_same(fixtures, monkeypatch, name, devices):
+def test_parts_of_layers_are_read_alone(fixtures, name, devices):
     files = checkpoint.resolve(fixtures / name)
-    wanted = expected(files)
-    for size in (1, 333, 4096):
-        monkeypatch.setattr(checkpoint, "CHUNK_BYTES", size)
-        # 151 rows of embeddings do not divide: only the layers are split.
-        declared, places = tree_of(files)
-        split = tree_of(files, devices)[1]
-        places["layers"] = split["layers"]
-        loaded = checkpoint.load(files, declared, places, jnp.float32)
-        assert_same(loaded, wanted, jnp.float32)
+    # 151 rows of embeddings do not divide: only the layers are split.
+    declared, places = tree_of(files)
+    places["layers"] = tree_of(files, devices)[1]["layers"]
+    loaded = checkpoint.load(files, declared, places, jnp.float32)
+    assert_same(loaded, expected(files), jnp.float32)
 
 
 def wide_model(folder, **change):
@@ -263,7 +257,7 @@ def test_each_device_reads_only_its_slice(tmp_path, monkeypatch, family):
         assert leaf.sharding == place
         assert len(leaf.sharding.device_set) == 4
     layer = loaded["layers"][0]
-    assert layer["qkv_DKUH"].addressable_shards[0].data.shape == (24, 1, 4, 8)
+    assert layer["qkv_KUHD"].addressable_shards[0].data.shape == (1, 4, 8, 24)
     # Whatever is split is read once in parts, and what is whole everywhere once as well.
     stored = sum(values.nbytes for values in tensors_of(files.path).values())
     assert sum(counts) == stored
@@ -624,7 +618,7 @@ def test_random_weights_are_as_declared(fixtures):
         else:
             assert (values == {"ones": 1, "zeros": 0}[parameter.init]).all()
     first, second = weights["layers"]
-    assert not np.array_equal(first["qkv_DKUH"], second["qkv_DKUH"])
+    assert not np.array_equal(first["qkv_KUHD"], second["qkv_KUHD"])
 
 
 @needs_four

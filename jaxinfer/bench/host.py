@@ -125,7 +125,7 @@ class _Load:
         self.scheduler = Scheduler(
             self.limits, pages, enable_prefix_caching=args.enable_prefix_caching
         )
-        self.buckets: Buckets = Buckets.for_limits(self.limits)
+        self.buckets: Buckets = Buckets.for_limits(self.limits, "cpu")
         self.sampling: SamplingRows = SamplingRows(rows + 1, lambda array: array)
         self.numbers = itertools.count()
         self.tokens_B = self.rng.integers(VOCAB_SIZE, size=rows, dtype=np.int32)
