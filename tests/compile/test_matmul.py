@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxinfer.aot import compile_for
-from jaxinfer.kernels import grouped_matmul_tpu
+from jaxinfer.configs import load_chip
+from jaxinfer.kernels import grouped_matmul_gpu, grouped_matmul_tpu
+from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.quantized import FORMATS, Quantized, bytes_of, quantize
 from jaxinfer.kernels.quantized_matmul import as_one_group, quantized_matmul
 
@@ -16,15 +18,9 @@ pytestmark = pytest.mark.compile
 VMEM = {"v5e:1": 100 * 2**20, "v6e:1": 100 * 2**20, "v5p:1": 90 * 2**20, "tpu7x:1": 60 * 2**20}
 # In bfloat16 it is more than fits any chip's fast memory, so that it cannot hide there.
 DEPTH, WIDTH, TOKENS = 8192, 16384, 64
-GPU_KERNELS = jax.__version_info__ >= (0, 11)
-NEWER = pytest.mark.skipif(not GPU_KERNELS, reason="GPU kernels need JAX 0.11")
+NEWER = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="GPU kernels need JAX 0.11")
 H100, H200, B200 = (pytest.param(name, marks=NEWER) for name in ("h100:1", "h200:1", "b200:1"))
-if GPU_KERNELS:
-    from jaxinfer.kernels import grouped_matmul_gpu
-    from jaxinfer.kernels.gpu import Gpu
-
-    HOPPER, BLACKWELL = Gpu((9, 0), 132, 232_448), Gpu((10, 0), 148, 232_448)
-    GPUS = {"h100:1": HOPPER, "h200:1": HOPPER, "b200:1": BLACKWELL}
+GPUS = {f"{name}:1": Gpu.of(load_chip(name)) for name in ("h100", "h200", "b200")}
 
 
 def kernel_for(target, **options):
