@@ -53,13 +53,17 @@ def expected(x, weight, groups):
 def check(grouped_matmul, groups, name, D=256, F=160, seed=0):
     """A backend's `grouped_matmul` of bfloat16 activations against float64; on a chip as well.
 
-    Half a unit in the last place of the result, and of each of D summands where weights or
-    activations are rounded to bfloat16 before the product.
+    The result is rounded once.  Weights whose scales are no powers of two and belong to some of D,
+    and the activations of fp8_block, may be rounded to bfloat16 before: D independent errors of
+    2⁻⁹ at most, of which eight standard deviations are allowed.  All else may lose what sums of 14
+    bits (fp8 on Hopper) lose.
     """
     x, weight, sizes = build(groups, name, jnp.bfloat16, D, F, seed)
     out = grouped_matmul(x, weight, sizes)
     assert out.dtype == jnp.bfloat16
     out = np.asarray(out, np.float64)
     want = expected(x, weight, groups)
-    np.testing.assert_allclose(out, want, rtol=2**-8, atol=0.15 * (D / 256) ** 0.5)
+    rounded = name in ("w4a16", "nvfp4", "fp8_block")
+    atol = 8 * 2**-9 * (2 / 3 * D) ** 0.5 if rounded else 0.1 * (D / 512) ** 0.5
+    np.testing.assert_allclose(out, want, rtol=2**-8, atol=atol)
     assert not out[sum(groups) :].any()
