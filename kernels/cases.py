@@ -1,16 +1,21 @@
-"""The one list of named shapes for which kernels over pages are tested, compiled, tuned and timed.
+"""The one list of named shapes for which kernels are tested, compiled, tuned and timed.
 
-Plain data: `SMALL` is for tests that run a kernel step by step, `REAL` for everything that compiles
-or times one.  A case names a batch and a pool; `abstract` gives the arguments' shapes.
+Plain data.  `SMALL` (pages) and `SMALL_PRODUCTS` are for tests that run a kernel step by step,
+`REAL` and `REAL_PRODUCTS` for everything that compiles or times one; `TIMED` and `TIMED_ON_CPU` say
+which of them `bench kernels` runs, `TUNED` which the tuner does.  `abstract` and `abstract_product`
+give the arguments' shapes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxinfer.kernels.quantized import FORMATS, Quantized, quantize
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 
@@ -148,22 +153,117 @@ REAL |= {
 }
 
 
+@dataclass(frozen=True)
+class Product:
+    """Tokens, in groups that have a weight each, times weights of D by F.
+
+    groups: the tokens of each.  format: of the weights; None: arrays of `dtype`.
+    dtype: of the tokens.
+    single: a case of `quantized_matmul`: there is one group, and its weight has no axis for it.
+    """
+
+    groups: tuple[int, ...]
+    D: int
+    F: int
+    format: str | None = None
+    dtype: str = "bfloat16"
+    single: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.groups)
+
+
+GROUPS = {
+    "gaps": (0, 9, 0, 0, 8, 1, 0),
+    "one each": (1, 1, 1, 1, 1, 1, 1),
+    "one for all": (0, 0, 19, 0, 0, 0, 0),
+    "whole tiles": (8, 0, 16, 0, 0, 0, 0),
+    "many": (3, 0, 70, 61, 0, 2, 0),
+    "none": (0, 0, 0, 0, 0, 0, 0),
+}
+# Every pair of values of two columns is in some line (a test counts); "none" is in one only.
+_PRODUCT_PAIRS = tuple(
+    # groups, format, D, F
+    (groups, name, (256, 384)[(i + j) % 2], (128, 192)[(i + j // 2) % 2])
+    for i, groups in enumerate(GROUPS)
+    for j, name in enumerate([None, *FORMATS])
+    if groups != "none" or name is None
+)
+SMALL_PRODUCTS = {
+    f"{groups}-{name or 'bfloat16'}-{D}x{F}": Product(GROUPS[groups], D, F, name)
+    for groups, name, D, F in _PRODUCT_PAIRS
+} | {
+    f"single-{tokens}-{name}-256x160": Product((tokens,), 256, 160, name, single=True)
+    for tokens in (1, 2, 7)
+    for name in FORMATS
+}
+
+
+def _routed(tokens: int, E: int) -> tuple[int, ...]:
+    """How many tokens each of E experts gets from a router that has no favourites."""
+    return tuple(np.random.default_rng(0).multinomial(tokens, [1 / E] * E).tolist())
+
+
+# Gate and up of public models: experts (on one device), how many of them a token meets, D and F.
+EXPERTS = {
+    "qwen3-30b-a3b": (128, 8, 2048, 1536),
+    "qwen3-30b-a3b/8": (16, 1, 2048, 1536),  # its share of eight devices
+    "mixtral-8x7b": (8, 2, 4096, 28672),
+    "gpt-oss-20b": (32, 4, 2880, 5760),
+    "deepseek-v3/8": (32, 1, 7168, 4096),
+}
+DENSE = {"llama-3.1-8b": (4096, 28672), "llama-3.1-70b/4": (8192, 14336)}
+STEP_TOKENS = {"decode 64": 64, "prefill 2048": 2048}
+
+
+def _fits(name: str | None, D: int) -> bool:
+    return name is None or D % (FORMATS[name].rows or 1) == 0
+
+
+REAL_PRODUCTS = {
+    f"{model}, {step}, {name or 'bfloat16'}": Product(_routed(tokens * each, E), D, F, name)
+    for model, (E, each, D, F) in EXPERTS.items()
+    for step, tokens in STEP_TOKENS.items()
+    for name in [None, *FORMATS]
+    if _fits(name, D)
+}
+REAL_PRODUCTS |= {
+    f"{model}, {step}, {name}": Product((tokens,), D, F, name, single=True)
+    for model, (D, F) in DENSE.items()
+    for step, tokens in STEP_TOKENS.items()
+    for name in FORMATS
+}
+
+
 def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, Pool, Rows]:
     """Shapes and dtypes of `paged_attention`'s `q_TKGH`, `pool` and `rows`, without padding."""
-
-    def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
     slots = (case.num_pages, case.K, case.S)
-    pages = array(case.stored, *slots, case.H // 2 if case.stored == "uint8" else case.H)
-    scales = array("float32", *slots) if case.stored in LARGEST else None
+    pages = _array(case.stored, *slots, case.H // 2 if case.stored == "uint8" else case.H)
+    scales = _array("float32", *slots) if case.stored in LARGEST else None
     per_T, per_B, scalar = (
-        array("int32", case.num_tokens), array("int32", case.num_rows), array("int32"),
+        _array("int32", case.num_tokens), _array("int32", case.num_rows), _array("int32"),
     )  # fmt: skip
     rows = Rows(
         positions_T=per_T, rows_T=per_T, query_starts_B=per_B, query_lens_B=per_B,
-        kv_lens_B=per_B, page_table_BM=array("int32", case.num_rows, case.table_width),
+        kv_lens_B=per_B, page_table_BM=_array("int32", case.num_rows, case.table_width),
         num_tokens=scalar, num_rows=scalar, num_single=scalar,
     )  # fmt: skip
-    q_TKGH = array(case.dtype, case.num_tokens, case.K, case.G, case.H)
+    q_TKGH = _array(case.dtype, case.num_tokens, case.K, case.G, case.H)
     return q_TKGH, Pool(pages, pages, scales, scales), rows
+
+
+def abstract_product(
+    case: Product,
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | Quantized, jax.ShapeDtypeStruct | None]:
+    """Shapes and dtypes of `x_TD`, the weight, and `group_sizes_E` (None if it is `single`)."""
+    shape = (case.D, case.F) if case.single else (len(case.groups), case.D, case.F)
+    weight = _array(case.dtype, *shape)
+    if case.format is not None:
+        weight = jax.eval_shape(partial(quantize, name=case.format), weight)
+    sizes = None if case.single else _array("int32", len(case.groups))
+    return _array(case.dtype, case.num_tokens, case.D), weight, sizes
+
+
+def _array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

@@ -54,7 +54,7 @@ def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int) -> Blocks:
     form = jax.eval_shape(stored, weight)
     for width in (1024, 512, 256, 128):
         width = min(width, F)
-        for depth in _depths(D, form):
+        for depth in block_depths(D, form):
             blocks = Blocks(tokens, depth, width)
             quick = depth * width <= MOST_NUMBERS or width <= LANES
             if quick and vmem_needed(blocks, form) <= vmem_bytes:
@@ -62,7 +62,7 @@ def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int) -> Blocks:
     raise ShapeError(f"weight {weight.shape}: no block of it fits {vmem_bytes} bytes")
 
 
-def _depths(D: int, form: Stored) -> list[int]:
+def block_depths(D: int, form: Stored) -> list[int]:
     """Block depths that memory tiles allow, largest first."""
     unit = LANES
     if form.scales is not None and form.grouped:

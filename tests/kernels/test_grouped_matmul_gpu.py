@@ -1,13 +1,15 @@
 """The GPU kernel of grouped products, interpreted: values and races, on memory full of NaN."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer.errors import ShapeError
-from jaxinfer.kernels.quantized import FORMATS, quantize
-from tests.kernels.groups import GROUPS, build, expected
+from jaxinfer.kernels import cases
+from tests.kernels.groups import build, expected
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("JAX has an interpreter for GPU kernels from 0.11 on", allow_module_level=True)
@@ -24,63 +26,44 @@ WATCHED = plgpu.InterpretGPUParams(  # pyright: ignore[reportAttributeAccessIssu
 )
 
 
-# Every format and every kind of groups once, with two blocks of F.
-@pytest.mark.parametrize(
-    ("case", "name", "blocks"),
-    [
-        ("empty groups between", None, Blocks(64, 64, 2, 1)),
-        ("one token each", None, Blocks(64, 64, 3, 1)),
-        ("one group takes all", None, Blocks(128, 128, 2, 2)),
-        ("no tokens", None, Blocks(64, 64, 2, 1)),
-        ("many tokens", None, Blocks(64, 128, 2, 1)),
-        ("empty groups between", "fp8", Blocks(64, 64, 2, 1)),
-        ("one token each", "fp8_block", Blocks(64, 64, 2, 1)),
-        ("one group takes all", "int8", Blocks(64, 64, 2, 1)),
-        ("whole tiles", "w8a16", Blocks(64, 64, 3, 2)),
-        ("empty groups between", "w4a16", Blocks(64, 128, 2, 1)),
-        ("one group takes all", "nvfp4", Blocks(64, 64, 2, 1)),
-        ("empty groups between", "mxfp4", Blocks(64, 64, 2, 1)),
-    ],
-)
-def test_matches_float64(case, name, blocks):
-    groups = GROUPS[case]
-    x, weight, sizes = build(groups, name, jnp.bfloat16, F=128)
+STACKS = [name for name, case in cases.SMALL_PRODUCTS.items() if not case.single]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_matches_float64(name):
+    case, index = cases.SMALL_PRODUCTS[name], STACKS.index(name)
+    # Small ones, so that there are several of each, and not the same for all cases.
+    blocks = Blocks(64 << (index % 5 == 0), 64, 2 + index % 2, 1 + index % 2)
+    x, weight, sizes = build(case, jnp.bfloat16)
     out = grouped_matmul(
         x, weight, sizes, num_sms=2, shared_bytes=SHARED, blocks=blocks, interpret=WATCHED
     )
     jax.block_until_ready(out)
     assert not gpu_callbacks.get_races().races_found
     assert out.dtype == jnp.bfloat16
-    want = expected(x, weight, groups)
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
-    assert not np.asarray(out, np.float64)[sum(groups) :].any()
+    want = expected(x, weight, case.groups)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.2)
+    assert not np.asarray(out, np.float64)[case.num_tokens :].any()
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "w4a16"])
+@pytest.mark.parametrize("name", ["fp8_block", "w4a16", "nvfp4", "mxfp4"])
 def test_a_single_weight(name):
-    x, stack, _ = build([70], name, jnp.bfloat16, F=64)
-    x = x[:70]
+    case = cases.Product((70,), 256, 64, name, single=True)
+    x, stack, _ = build(case, jnp.bfloat16)
+    x = x[: case.num_tokens]
     weight = jax.tree.map(lambda leaf: leaf[0], stack)
     out = quantized_matmul(x, weight, num_sms=2, shared_bytes=SHARED, interpret=WATCHED)
-    want = expected(x, stack, [70])
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
+    want = expected(x, stack, case.groups)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.2)
 
 
-@pytest.mark.parametrize("name", [None, *FORMATS])
-@pytest.mark.parametrize(
-    ("tokens", "E", "D", "F"),
-    [(64, 128, 2048, 768), (8192, 8, 4096, 14336), (512, 32, 2880, 2880), (4096, 64, 7168, 2048)],
-)
-def test_blocks_fit_and_divide(name, tokens, E, D, F):
-    x = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16)
-    weight = jax.ShapeDtypeStruct((E, D, F), jnp.bfloat16)
-    if name is not None:
-        if D % (FORMATS[name].rows or 1):
-            pytest.skip(f"{name} has no blocks for D = {D}")
-        weight = jax.eval_shape(lambda w: quantize(w, name), weight)
+@pytest.mark.parametrize("name", cases.REAL_PRODUCTS)
+def test_blocks_fit_and_divide(name):
+    case = cases.REAL_PRODUCTS[name]
+    x, weight, _ = cases.abstract_product(replace(case, single=False))
     assert refusal(x, weight, (9, 0)) is None
     blocks = block_sizes(x, weight, shared_bytes=SHARED)
-    assert F % blocks.width == 0
+    assert case.F % blocks.width == 0
     assert blocks.tokens in (64, 128)
     assert blocks.stages >= 3
     # Half of what a thread block has: its share of the SM's registers must hold the sums.
