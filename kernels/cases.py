@@ -1,8 +1,9 @@
 """The one list of named shapes for which kernels are tested, compiled, tuned and timed.
 
 Plain data.  `SMALL` (pages) and `SMALL_PRODUCTS` are for tests that run a kernel step by step,
-`REAL` and `REAL_PRODUCTS` for everything that compiles or times one; `TIMED` and `TIMED_ON_CPU` say
-which of them `bench kernels` runs, `TUNED` which the tuner does.  `abstract` and `abstract_product`
+`REAL` and `REAL_PRODUCTS` for everything that compiles or times one; `MODEST` and `MODEST_PRODUCTS`
+for timing references on a CPU.  `TIMED` and `TIMED_ON_CPU` say what `bench kernels` runs, `TUNED`
+what the tuner does.  `abstract` and `abstract_product`
 give the arguments' shapes.
 """
 
@@ -233,6 +234,92 @@ REAL_PRODUCTS |= {
     for model, (D, F) in DENSE.items()
     for step, tokens in STEP_TOKENS.items()
     for name in FORMATS
+}
+
+# Small enough for the reference on a CPU to take milliseconds.
+MODEST = {
+    f"smollm2-135m, {batch}": Case(lens, K=3, G=3, H=64, S=32, stored=stored)
+    for batch, lens, stored in (
+        ("decode 8 x 512, float32", ((1, 512),) * 8, "float32"),
+        ("decode 8 x 512, int8", ((1, 512),) * 8, "int8"),
+        ("prefill 256, float32", ((256, 256),), "float32"),
+    )
+}
+MODEST_PRODUCTS = {
+    f"llama-3.2-1b, decode 8, {name}": Product((8,), 2048, 8192, name, "float32", single=True)
+    for name in ("int8", "w4a16", "mxfp4")
+} | {
+    f"16 experts, decode 8, {name or 'float32'}": Product(
+        _routed(16, 16), 512, 1024, name, "float32"
+    )
+    for name in (None, "int8", "w4a16")
+}
+
+# What `bench kernels` runs: on accelerators, and on CPUs.
+TIMED = {
+    "paged_attention": (
+        "llama-3.1-8b, decode 64 x 1k",
+        "llama-3.1-8b, decode 4 x 32k",
+        "llama-3.1-8b, prefill 2048",
+        "llama-3.1-8b, mixed 32 x 1k + 1024",
+        "llama-3.1-8b, decode 64 x 1k, float8_e4m3fn",
+        "llama-3.1-8b, decode 64 x 1k, int8",
+        "llama-3.1-8b, decode 64 x 1k, uint8",
+        "llama-3.1-8b, prefill 2048, float8_e4m3fn",
+        "llama-3.1-70b/8, decode 4 x 32k",
+        "gemma-2-9b, prefill 2048",
+        "gpt-oss-20b, decode 64 x 1k",
+    ),
+    "write_pages": ("llama-3.1-8b, prefill 2048", "llama-3.1-8b, prefill 2048, int8"),
+    "quantized_matmul": (
+        "llama-3.1-70b/4, decode 64, int8",
+        "llama-3.1-70b/4, decode 64, fp8_block",
+        "llama-3.1-70b/4, decode 64, w4a16",
+        "llama-3.1-70b/4, decode 64, mxfp4",
+        "llama-3.1-70b/4, prefill 2048, fp8_block",
+        "llama-3.1-70b/4, prefill 2048, w4a16",
+    ),
+    "grouped_matmul": (
+        "qwen3-30b-a3b, decode 64, bfloat16",
+        "qwen3-30b-a3b, decode 64, fp8_block",
+        "qwen3-30b-a3b, decode 64, w4a16",
+        "qwen3-30b-a3b, prefill 2048, bfloat16",
+        "gpt-oss-20b, decode 64, mxfp4",
+        "gpt-oss-20b, prefill 2048, mxfp4",
+        "deepseek-v3/8, decode 64, fp8_block",
+    ),
+}
+# What the tuner tries blocks for; an entry serves all cases of the same key (`kernels/blocks.py`).
+TUNED = {
+    "paged_attention": (
+        "llama-3.1-8b, decode 64 x 1k",
+        "llama-3.1-8b, prefill 2048",
+        "llama-3.1-8b, decode 64 x 1k, float8_e4m3fn",
+        "llama-3.1-8b, prefill 2048, float8_e4m3fn",
+        "llama-3.1-70b/8, decode 64 x 1k",
+        "llama-3.2-1b, decode 64 x 1k",
+        "gemma-2-9b, prefill 2048",
+        "gpt-oss-20b, decode 64 x 1k",
+    ),
+    "quantized_matmul": (
+        "llama-3.1-70b/4, decode 64, fp8_block",
+        "llama-3.1-70b/4, decode 64, w4a16",
+        "llama-3.1-70b/4, decode 64, mxfp4",
+        "llama-3.1-70b/4, prefill 2048, w4a16",
+    ),
+    "grouped_matmul": (
+        "qwen3-30b-a3b, decode 64, bfloat16",
+        "qwen3-30b-a3b, prefill 2048, bfloat16",
+        "gpt-oss-20b, decode 64, mxfp4",
+        "gpt-oss-20b, prefill 2048, mxfp4",
+        "deepseek-v3/8, decode 64, fp8_block",
+    ),
+}
+TIMED_ON_CPU = {
+    "paged_attention": tuple(MODEST),
+    "write_pages": tuple(name for name in MODEST if "prefill" in name),
+    "quantized_matmul": tuple(name for name, case in MODEST_PRODUCTS.items() if case.single),
+    "grouped_matmul": tuple(name for name, case in MODEST_PRODUCTS.items() if not case.single),
 }
 
 

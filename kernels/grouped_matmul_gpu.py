@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxinfer.errors import ShapeError
+from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels.grouped_matmul import finish, visits
 from jaxinfer.kernels.quantized import Quantized, read_scales, read_values
 from jaxinfer.kernels.quantized_matmul import activations
@@ -59,14 +60,38 @@ def block_sizes(x_TD: Any, weight: Any, *, shared_bytes: int) -> Blocks:
         raise ShapeError(f"weight {weight.shape}: F must be a multiple of 64")
     # 64 is the least that wgmma multiplies.
     tokens = 128 if num_tokens >= 96 * E and width <= 128 else 64
-    form = jax.eval_shape(stored, weight)
-    stage = DEPTH * (2 * tokens + width * form.bits // 8) + (4 * width if form.grouped else 0)
-    fixed = 2 * width * (tokens + (DEPTH if form.bits < 16 else 0)) + 2048
+    stage, fixed = _shared_bytes(tokens, width, jax.eval_shape(stored, weight))
     for per_sm in (3, 2, 1):
         stages = min((shared_bytes // per_sm - fixed) // stage, 6, D // DEPTH)
         if stages >= min(3, D // DEPTH):
             return Blocks(tokens, width, stages, per_sm)
     raise ShapeError(f"weight {weight.shape}: no block of it fits {shared_bytes} bytes")
+
+
+def _shared_bytes(tokens: int, width: int, form: Stored) -> tuple[int, int]:
+    """Shared memory of a thread block: for each stage, and once."""
+    stage = DEPTH * (2 * tokens + width * form.bits // 8) + (4 * width if form.grouped else 0)
+    return stage, 2 * width * (tokens + (DEPTH if form.bits < 16 else 0)) + 2048
+
+
+def check_blocks(blocks: Blocks, weight: Any, *, shared_bytes: int) -> None:
+    """Raise `ShapeError` unless blocks are for weights of such a shape on such a chip."""
+    _, D, F = weight.shape
+    stage, fixed = _shared_bytes(blocks.tokens, blocks.width, jax.eval_shape(stored, weight))
+    needed = blocks.per_sm * (fixed + blocks.stages * stage)
+    sums = blocks.per_sm * blocks.tokens * blocks.width
+    tuned.require(
+        {
+            "tokens must be 64 or 128": blocks.tokens in (64, 128),
+            f"width must be one of {WIDTHS} that divides F = {F}": blocks.width in WIDTHS
+            and F % blocks.width == 0,
+            f"stages must be from 1 to {D // DEPTH}": 1 <= blocks.stages <= D // DEPTH,
+            "per_sm must be at least 1": blocks.per_sm >= 1,
+            f"{needed} bytes do not fit {shared_bytes}": needed <= shared_bytes,
+            f"{sums} sums are more than half of an SM's registers": sums <= 2**15,
+        },
+        blocks,
+    )
 
 
 def refusal(x_TD: Any, weight: Any, compute_capability: tuple[int, int]) -> str | None:
@@ -94,14 +119,23 @@ def grouped_matmul(
     num_sms: int,
     shared_bytes: int,
     blocks: Blocks | None = None,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> Array:
     """`grouped_matmul.grouped_matmul` as a kernel for bfloat16 activations.
 
-    num_sms, shared_bytes: of the chip, the latter to an SM.  blocks: `block_sizes` by default.
+    num_sms, shared_bytes: of the chip, the latter to an SM.  blocks: by default as tuned for the
+    chip (the name of its sheet), else `block_sizes`.
     """
     sizes = dims(x_TD=x_TD, weight_EDF=weight, group_sizes_E=group_sizes_E)
-    blocks = blocks or block_sizes(x_TD, weight, shared_bytes=shared_bytes)
+    blocks = blocks or tuned.choose(
+        "grouped_matmul",
+        chip,
+        tuned.product_key(x_TD, weight),
+        Blocks,
+        lambda blocks: check_blocks(blocks, weight, shared_bytes=shared_bytes),
+        lambda: block_sizes(x_TD, weight, shared_bytes=shared_bytes),
+    )
     x, scale_T1 = activations(x_TD, weight) if isinstance(weight, Quantized) else (x_TD, None)
     form = stored(weight)
     plan = visits(group_sizes_E, sizes["T"], blocks.tokens)

@@ -22,6 +22,7 @@ def quantized_matmul(
     num_sms: int,
     shared_bytes: int,
     blocks: Blocks | None = None,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> Array:
     """`quantized_matmul.quantized_matmul` as a kernel; the arguments are `grouped_matmul_gpu`'s."""
@@ -32,5 +33,6 @@ def quantized_matmul(
         num_sms=num_sms,
         shared_bytes=shared_bytes,
         blocks=blocks,
+        chip=chip,
         interpret=interpret,
     )

@@ -21,6 +21,7 @@ def quantized_matmul(
     *,
     vmem_bytes: int,
     blocks: Blocks | None = None,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> Array:
     """`quantized_matmul.quantized_matmul` as a kernel; the arguments are `grouped_matmul_tpu`'s."""
@@ -30,5 +31,6 @@ def quantized_matmul(
         jnp.full(1, len(x_TD), jnp.int32),
         vmem_bytes=vmem_bytes,
         blocks=blocks,
+        chip=chip,
         interpret=interpret,
     )
