@@ -32,7 +32,7 @@ CACHE_BYTES, CACHE_TIMES, MOST_COPIES = 2**25, 4, 8
 def seconds_per_call(
     call: Callable[[int], Any],
     *,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     block: Callable[[Any], Any] = jax.block_until_ready,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
@@ -40,8 +40,10 @@ def seconds_per_call(
 
     call: is given a number that grows by one with each call, and dispatches.  All calls of a round
     are dispatched before the last one's result is awaited, so that the host's time is hidden
-    wherever a call takes longer on the device.  seconds: for all rounds together, or three calls.
+    wherever a call takes longer on the device.  seconds: for all rounds together (None: `SECONDS`);
+    three calls take what they take.
     """
+    seconds = SECONDS if seconds is None else seconds
     block(call(0))
     started = clock()
     block(call(1))

@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--limit-seconds must be more than 0, got {args.limit_seconds}")
     device = jax.devices()[0]
     chip = find_chip(device.device_kind)
+    if args.record and chip is None:
+        raise ConfigError("--record is for chips that have a sheet in configs/hardware")
     backends = _backends(args.backend, device.platform, chip)
     jobs = _jobs(args, device.platform)
     started = time.perf_counter()
@@ -224,30 +226,24 @@ def _number(value: float | None) -> str:
 def record(path: Path, found: dict[str, Any]) -> None:
     """Enter what ran on this device and agreed with its reference; raises `ConfigError`.
 
-    Earlier entries of the same chip stay where this run has no row of the same kind.
+    What did so earlier stays, unless it failed now.
     """
     chip = found["device"]["chip"]
-    if chip is None:
-        raise ConfigError("--record is for chips that have a sheet in configs/hardware")
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--record {path} cannot be read: {error}") from error
     before = kept["devices"].get(chip, {"passed": []})["passed"]
     kernels = [row for row in found["kernels"] if row["backend"] != "reference"]
-    kinds = {(row["op"], row["backend"], row["stored"]) for row in kernels}
-    passed = {
-        (row["op"], row["backend"], row["stored"])
-        for row in kernels
-        if row["error"] is None and row["difference"] is not None
-    }
-    failed = {
-        (row["op"], row["backend"], row["stored"]) for row in kernels if row["error"] is not None
-    }
-    stay = {tuple(line) for line in before} - kinds
+
+    def lines(rows: list[dict[str, Any]]) -> set[str]:
+        return {f"{row['op']} {row['backend']} {row['stored']}" for row in rows}
+
+    failed = lines([row for row in kernels if row["error"] is not None])
+    compared = lines([row for row in kernels if row["difference"] is not None])
     versions = {name: found["device"][name] for name in ("jax", "jaxlib", "driver", "plugin")}
     kept["devices"][chip] = {
         "date": found["run"]["date"], **versions,
-        "passed": [list(line) for line in sorted(stay | (passed - failed))],
+        "passed": sorted((set(before) | compared) - failed),
     }  # fmt: skip
     path.write_text(json.dumps(kept, indent=1) + "\n")

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxinfer.aot import compile_for
+from jaxinfer.aot import target as targets
 from jaxinfer.kernels import (
     cases,
     grouped_matmul_gpu,
@@ -38,6 +39,14 @@ def stored_bytes(case):
     return bytes_of(case.format, (case.D, case.F))
 
 
+def backend(target):
+    return "mosaic_tpu" if target in VMEM else "mosaic_gpu"
+
+
+def chip(target):
+    return targets.parse(target).chip.name
+
+
 def once(case):
     """Bytes of a weight that is read once, and something for the activations and the sums."""
     return 1.3 * stored_bytes(case)
@@ -55,8 +64,9 @@ def test_a_scale_for_all_of_d_needs_no_kernel(name, target):
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS[n].rows])
 @pytest.mark.parametrize("target", ["v6e:1", H200])
-def test_a_scale_for_some_of_d_does(name, target):
+def test_a_scale_for_some_of_d_does(name, target, kernel_ran):
     """The reference writes the weight out and reads it again.  If this fails, XLA has learnt it."""
+    kernel_ran("quantized_matmul", backend(target), name, chip(target))
     case = dense(name)
     report = compile_for(target, quantized_matmul, *arguments(case))
     assert report.hbm_bytes > 2 * stored_bytes(case)
@@ -74,7 +84,8 @@ def test_a_scale_for_some_of_d_does(name, target):
 
 @pytest.mark.parametrize("name", [None, *FORMATS])
 @pytest.mark.parametrize("target", [*VMEM, H100, H200])
-def test_grouped(name, target):
+def test_grouped(name, target, kernel_ran):
+    kernel_ran("grouped_matmul", backend(target), name or "bfloat16", chip(target))
     kernel, options = (
         (grouped_matmul_tpu.grouped_matmul, {"vmem_bytes": VMEM[target]})
         if target in VMEM

@@ -40,8 +40,9 @@ STACKS = [name for name, case in cases.SMALL_PRODUCTS.items() if not case.single
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_matches_float64(name):
+def test_matches_float64(name, kernel_ran):
     case = cases.SMALL_PRODUCTS[name]
+    kernel_ran("grouped_matmul", "reference", case.format or "float32", "cpu")
     x, weight, sizes = build(case)
     out = np.asarray(grouped_matmul(x, weight, sizes))
     want = expected(x, weight, case.groups)
@@ -50,7 +51,8 @@ def test_matches_float64(name):
 
 
 @pytest.mark.parametrize("name", [None, "int8", "mxfp4"])
-def test_bfloat16_stays_close(name):
+def test_bfloat16_stays_close(name, kernel_ran):
+    kernel_ran("grouped_matmul", "reference", name or "bfloat16", "cpu")
     case = cases.Product(cases.GROUPS["gaps"], 256, 160, name)
     x, weight, sizes = build(case, jnp.bfloat16)
     out = grouped_matmul(x, weight, sizes)

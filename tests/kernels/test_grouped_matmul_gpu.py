@@ -30,11 +30,12 @@ STACKS = [name for name, case in cases.SMALL_PRODUCTS.items() if not case.single
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_matches_float64(name):
+def test_matches_float64(name, kernel_ran):
     case, index = cases.SMALL_PRODUCTS[name], STACKS.index(name)
     # Small ones, so that there are several of each, and not the same for all cases.
     blocks = Blocks(64 << (index % 5 == 0), 64, 2 + index % 2, 1 + index % 2)
     x, weight, sizes = build(case, jnp.bfloat16)
+    kernel_ran("grouped_matmul", "mosaic_gpu", case.format or "bfloat16", "interpreted")
     out = grouped_matmul(
         x, weight, sizes, num_sms=2, shared_bytes=SHARED, blocks=blocks, interpret=WATCHED
     )
@@ -47,7 +48,8 @@ def test_matches_float64(name):
 
 
 @pytest.mark.parametrize("name", ["fp8_block", "w4a16", "nvfp4", "mxfp4"])
-def test_a_single_weight(name):
+def test_a_single_weight(name, kernel_ran):
+    kernel_ran("quantized_matmul", "mosaic_gpu", name, "interpreted")
     case = cases.Product((70,), 256, 64, name, single=True)
     x, stack, _ = build(case, jnp.bfloat16)
     x = x[: case.num_tokens]

@@ -34,9 +34,10 @@ def small_blocks(case: cases.Product, weight) -> Blocks:
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_matches_float64(name):
+def test_matches_float64(name, kernel_ran):
     case = cases.SMALL_PRODUCTS[name]
     x, weight, sizes = build(case, jnp.bfloat16)
+    kernel_ran("grouped_matmul", "mosaic_tpu", case.format or "bfloat16", "interpreted")
     blocks = small_blocks(case, weight)
     out = run(
         lambda x, weight, sizes: grouped_matmul(
@@ -51,7 +52,8 @@ def test_matches_float64(name):
 
 
 @pytest.mark.parametrize("name", ["fp8_block", "w4a16", "nvfp4", "mxfp4"])
-def test_a_single_weight(name):
+def test_a_single_weight(name, kernel_ran):
+    kernel_ran("quantized_matmul", "mosaic_tpu", name, "interpreted")
     case = cases.SMALL_PRODUCTS[f"single-7-{name}-256x160"]
     x, stack, _ = build(case, jnp.bfloat16)
     x = x[: case.num_tokens]
