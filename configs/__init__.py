@@ -127,7 +127,7 @@ def from_mapping(kind: Any, values: Any, where: str) -> Any:
     reject_unknown(where, values, field_names(kind), ConfigError)
     for field in dataclasses.fields(kind):
         if field.name not in values:
-            if field.default is dataclasses.MISSING:
+            if field.default is field.default_factory is dataclasses.MISSING:
                 raise ConfigError(f"{where}: {field.name} is missing")
             continue
         value, declared = values[field.name], str(field.type)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxinfer.configs import from_mapping, read_mapping
 from jaxinfer.errors import ConfigError, ShapeError
+from jaxinfer.kernels.quantized import Quantized
 from jaxinfer.kernels.write_pages import Pool
 
 TUNED = Path(__file__).with_name("tuned")
@@ -143,7 +144,7 @@ def pages_key(part: str, q_TKGH: Any, pool: Pool, window: int | None) -> Key:
 def product_key(x_TD: Any, weight: Any) -> Key:
     """Of tokens and a weight `[E, D, F]`; the number of tokens is rounded up to a power of two."""
     E, D, F = weight.shape
-    stored = getattr(weight, "format", None) or jnp.dtype(weight.dtype).name
+    stored = weight.format if isinstance(weight, Quantized) else jnp.dtype(weight.dtype).name
     return {
         "E": E, "D": D, "F": F, "format": stored, "tokens_dtype": jnp.dtype(x_TD.dtype).name,
         "tokens": 1 << max(x_TD.shape[0] - 1, 0).bit_length(),
