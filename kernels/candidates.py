@@ -104,13 +104,22 @@ def _attention_gpu(case: cases.Case, chip: Chip, single: bool) -> tuple:
         case.K, case.G, case.H, case.S, case.stored, case.H**-0.5, case.window, case.soft_cap
     )
     first = choose_tiling(gpu, problem, split=single)
-    others = [
-        replace(first, block=block, stages=stages, groups=groups)
-        for groups, block, stages in itertools.product((2, 1), (64, 128), (2, 3, 4, 6))
+    shapes = [
+        (groups, block)
+        for groups, block in itertools.product((2, 1), (64, 128))
         # Tensor memory holds no more than what the heuristic takes of it.
-        if first.rows == 64 or (block, groups) == (first.block, first.groups)
+        if first.rows == 64 or (groups, block) == (first.groups, first.block)
     ]
-    return _fitting(first, others, lambda tiling: check_tiling(tiling, gpu, problem, split=single))
+    found: tuple[Any, ...] = (first,)
+    for groups, block in shapes:
+        rings = [
+            replace(first, groups=groups, block=block, stages=stages) for stages in (6, 4, 3, 2)
+        ]
+        fitting = _fitting(
+            first, rings, lambda tiling: check_tiling(tiling, gpu, problem, split=single)
+        )
+        found += fitting[1:3]  # the longest rings
+    return tuple(dict.fromkeys(found))
 
 
 def _products(x_TD: Any, weight: Any, chip: Chip) -> tuple:
@@ -119,10 +128,12 @@ def _products(x_TD: Any, weight: Any, chip: Chip) -> tuple:
 
         facts = {"shared_bytes": chip.gpu.shared_memory_per_block}
         first = gpu.block_sizes(x_TD, weight, **facts)
+        # Large tiles are for experts with many tokens.
+        tokens = (64, 128) if x_TD.shape[0] >= 32 * weight.shape[0] else (64,)
         others = [
-            gpu.Blocks(tokens, width, stages, per_sm)
-            for tokens, width, per_sm, stages in itertools.product(
-                (64, 128), gpu.WIDTHS, (3, 2, 1), (6, 4, 3)
+            gpu.Blocks(tile, width, stages, per_sm)
+            for tile, width, per_sm, stages in itertools.product(
+                tokens, (128, 192, 64), (3, 2, 1), (6, 4, 3)
             )
         ]
         # Of those that differ in the stages alone, the most that fit are enough.

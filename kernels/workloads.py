@@ -19,10 +19,9 @@ from jax import Array, lax
 
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels import cases, choice, grouped_matmul, quantized_matmul
+from jaxinfer.kernels import cases, choice, grouped_matmul, quantized_matmul, tpu
 from jaxinfer.kernels.quantized import bytes_of, format_of, quantize
 from jaxinfer.kernels.rows import Rows
-from jaxinfer.kernels.tpu import CHIPS as TPUS
 from jaxinfer.kernels.write_pages import LARGEST, Pool, write_pages
 from jaxinfer.kernels.write_pages import quantize as quantize_slots
 
@@ -95,9 +94,19 @@ def arguments(op: str, case: Any, seed: int = 0) -> tuple[Any, ...]:
     if isinstance(case, cases.Product):
         return jax.block_until_ready(_product_arrays(key, case))
     new, q, pool, sinks = _page_arrays(key, case)
+    if (formats := pool_formats(case)) is not None:
+        pool = jax.device_put(pool, formats)
     rows = jax.tree.map(jnp.asarray, rows_of(case, seed))
     found = (pool, *new, rows) if op == "write_pages" else (q, pool, rows, sinks)
     return jax.block_until_ready(found)
+
+
+def pool_formats(case: cases.Case) -> Pool | None:
+    """How a pool lies in the memory of the default device; None: as XLA likes it."""
+    if jax.default_backend() != "tpu":
+        return None
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: tpu.row_major(leaf, here), cases.abstract(case)[1])
 
 
 def rows_of(case: cases.Case, seed: int = 0) -> Rows:
@@ -201,7 +210,7 @@ def implementation(
     if op == "write_pages":
         if backend != "reference" and ops.write_pages is write_pages:
             raise ConfigError(f"{backend}: no kernel is needed, XLA scatters in place")
-        return jax.jit(ops.write_pages, donate_argnums=0)
+        return jax.jit(ops.write_pages, donate_argnums=0, out_shardings=pool_formats(case))
     attention = partial(
         ops.paged_attention, scale=case.H**-0.5, window=case.window, soft_cap=case.soft_cap,
         **options,
@@ -216,8 +225,8 @@ def _product(op: str, case: cases.Product, backend: str, chip: Chip | None) -> I
     if case.single and case.format and not format_of(case.format).rows:
         raise ConfigError(f"{backend}: no kernel is needed, XLA reads the weight once as it is")
     if backend == "mosaic_tpu":
-        if chip is None or chip.tpu is None or chip.name not in TPUS:
-            raise ConfigError(f"{backend}: the kernels were compiled for {', '.join(TPUS)} only")
+        if chip is None or chip.tpu is None or chip.name not in tpu.CHIPS:
+            raise ConfigError(f"{backend}: compiled for {', '.join(tpu.CHIPS)} only")
         module = import_module(f"jaxinfer.kernels.{op}_tpu")
         return partial(getattr(module, op), vmem_bytes=chip.tpu.vmem_bytes, chip=chip.name)
     if chip is None or chip.gpu is None:

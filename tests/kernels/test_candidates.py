@@ -1,5 +1,7 @@
 """What a sweep tries: the heuristic's choice first, nothing that does not fit, each once."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 
@@ -77,8 +79,6 @@ def test_every_sweep_begins_with_the_heuristic_and_fits(name):
 
 
 def _stacked(case):
-    from dataclasses import replace
-
     return cases.abstract_product(replace(case, single=False))[:2]
 
 
@@ -89,6 +89,56 @@ def test_a_mixed_batch_has_a_sweep_for_each_kind_of_rows():
     assert all(blocks.queries == 1 for blocks in found[0].choices)
     assert len({blocks.queries for blocks in found[1].choices}) > 1
     assert len({blocks.pages for blocks in found[0].choices}) > 1
+
+
+NEW_JAX = pytest.mark.skipif(
+    jax.__version_info__ < choice.GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
+)
+
+
+@NEW_JAX
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"split": False}, "split must be True"),
+        ({"rows": 128}, "rows must be 64"),
+        ({"block": 96}, "block must be 64 or 128"),
+        ({"groups": 3}, "groups 1 or 2"),
+        ({"stages": 40}, "bytes do not fit 232448"),
+    ],
+)
+def test_tilings_that_attention_on_gpu_cannot_take(changes, words):
+    from jaxinfer.kernels.paged_attention_gpu import check_tiling, choose_tiling
+    from jaxinfer.kernels.paged_attention_gpu_work import Problem
+
+    gpu = choice.gpu_facts(load_chip("h100"))
+    problem = Problem(8, 4, 128, 64, "bfloat16", 1.0, None, None)
+    tiling = choose_tiling(gpu, problem, split=True)
+    check_tiling(tiling, gpu, problem, split=True)
+    with pytest.raises(ShapeError, match=words):
+        check_tiling(replace(tiling, **changes), gpu, problem, split=True)
+
+
+@NEW_JAX
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": 32}, "tokens must be 64 or 128"),
+        ({"width": 100}, "width must be one of"),
+        ({"stages": 0}, "stages must be from 1 to 32"),
+        ({"per_sm": 9}, "bytes do not fit 232448"),
+        ({"tokens": 128, "per_sm": 3, "stages": 1}, "more than half of an SM's registers"),
+    ],
+)
+def test_blocks_that_products_on_gpu_cannot_take(changes, words):
+    from jaxinfer.kernels.grouped_matmul_gpu import block_sizes, check_blocks
+
+    x, weight = _stacked(cases.REAL_PRODUCTS["qwen3-30b-a3b, decode 64, w4a16"])
+    facts = {"shared_bytes": 232_448}
+    blocks = block_sizes(x, weight, **facts)
+    check_blocks(blocks, weight, **facts)
+    with pytest.raises(ShapeError, match=words):
+        check_blocks(replace(blocks, **changes), weight, **facts)
 
 
 CASE = cases.REAL["llama-3.1-8b, decode 64 x 1k"]
@@ -105,8 +155,6 @@ CASE = cases.REAL["llama-3.1-8b, decode 64 x 1k"]
     ],
 )
 def test_blocks_that_attention_on_tpu_cannot_take(changes, words):
-    from dataclasses import replace
-
     from jaxinfer.kernels.paged_attention_tpu import block_sizes, check_blocks
 
     q_TKGH, pool, rows = cases.abstract(CASE)

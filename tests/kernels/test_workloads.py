@@ -108,6 +108,20 @@ def test_differences_are_relative_and_nan_is_infinite():
     assert workloads.difference("write_pages", dump, np.float32([[0, 0], [1, 2]])) == 0
 
 
+def test_on_tpu_pools_lie_as_the_kernels_want_them(monkeypatch):
+    """With the CPU in the role of a TPU: it has that order anyway, so nothing else changes."""
+    case = Case(((1, 9), (4, 20)), K=2, G=1, H=16, S=16, stored="int8")
+    plain = workloads.arguments("write_pages", case)
+    want = workloads.implementation("write_pages", case, "reference", None)(*plain)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    pool, *rest = workloads.arguments("write_pages", case)
+    for leaf in jax.tree.leaves(pool):
+        assert leaf.format.layout.major_to_minor == tuple(range(leaf.ndim))
+    written = workloads.implementation("write_pages", case, "reference", None)(pool, *rest)
+    assert pool.k_PKSH.is_deleted(), "it was donated"
+    assert workloads.difference("write_pages", written, want) == 0
+
+
 def test_every_name_that_is_timed_or_tuned_is_a_case():
     for names in (cases.TIMED, cases.TIMED_ON_CPU, cases.TUNED):
         for op, chosen in names.items():
