@@ -179,7 +179,9 @@ def _time(op: str, case: Any, call: Any, num_bytes: int, chip: Chip | None) -> A
     compile_seconds = time.perf_counter() - made
     # Making many arrays costs time, too: as many as keep caches cold, but not for long.
     copies = timing.copies_needed(num_bytes, chip) if made - started < 5 else 1
-    sets = [workloads.arguments(op, case, seed) for seed in range(copies)]
+    if donates:  # what came first is gone
+        first = workloads.arguments(op, case)
+    sets = [first, *(workloads.arguments(op, case, seed) for seed in range(1, copies))]
 
     def turn(number: int) -> Any:
         index = number % copies

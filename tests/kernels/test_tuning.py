@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+from jaxinfer.configs import load_chip
 from jaxinfer.errors import ConfigError, DeviceError
-from jaxinfer.kernels import blocks, tuning
+from jaxinfer.kernels import blocks, cases, tuning, workloads
 from jaxinfer.kernels.blocks import Tuned
 from jaxinfer.kernels.candidates import Sweep
 
@@ -198,3 +199,26 @@ def test_what_would_be_tried_can_be_listed_anywhere(capsys):
     assert tuning.main(["--list", "--device", "tpu-v6e", "--op", "write_pages"]) == 2
     assert "write_pages has no blocks to tune" in capsys.readouterr().err
     assert tuning.main(["--list", "--device", "tpu-v6e", "--case", "nonsense"]) == 2
+
+
+def test_blocks_are_timed_on_the_device_and_must_agree_with_the_reference(monkeypatch):
+    """With the CPU's reference in the role of a kernel."""
+    case = cases.Product((3, 0, 5), 64, 32, None, "float32")
+    monkeypatch.setattr(cases, "REAL_PRODUCTS", {"tiny": case})
+    monkeypatch.setattr(tuning, "SECONDS", 0.01)
+    real, asked = workloads.implementation, []
+
+    def implementation(op, case, backend, chip, blocks=None):
+        reference = real(op, case, "reference", chip)
+        if backend == "reference":
+            return reference
+        asked.append((backend, blocks))
+        return lambda *arrays: reference(*arrays) * blocks["blocks"].size
+
+    monkeypatch.setattr(workloads, "implementation", implementation)
+    timer = tuning.DeviceTimer(load_chip("h100"))
+    tiny = Sweep("grouped_matmul", "tiny", "grouped_matmul", {}, "blocks", (Fake(1), Fake(2)))
+    assert 0 < timer(tiny, Fake(1)) < 1
+    with pytest.raises(ValueError, match="differs from the reference by 1 of its largest"):
+        timer(tiny, Fake(2))
+    assert asked == [("mosaic_gpu", {"blocks": Fake(1)}), ("mosaic_gpu", {"blocks": Fake(2)})]
