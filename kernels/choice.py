@@ -113,7 +113,7 @@ def _make_gpu(chip: Chip, why: str) -> PageOps:
 
 
 def _gpu(chip: Chip) -> Any:
-    from jaxinfer.kernels.paged_attention_gpu import Gpu
+    from jaxinfer.kernels.gpu import Gpu
 
     assert chip.gpu is not None
     major, minor = chip.gpu.compute_capability.rstrip("a").split(".")

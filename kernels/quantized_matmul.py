@@ -17,6 +17,9 @@ On CPU this is the real path: int8 × int8 runs at about twice the speed of floa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -27,6 +30,7 @@ from jaxinfer.kernels.quantized import (
     format_of,
     quantize_activations,
     spread_scales,
+    stacked,
 )
 from jaxinfer.shapes import dims
 
@@ -38,6 +42,17 @@ def quantized_matmul(x_TD: Array, weight: Quantized) -> Array:
     x, scale_T1 = activations(x_TD, weight)
     product_TF = product(x, weight)
     return (product_TF if scale_T1 is None else product_TF * scale_T1).astype(x_TD.dtype)
+
+
+def as_one_group(
+    grouped_matmul: Callable[..., Array], x_TD: Array, weight: Quantized, **options: Any
+) -> Array:
+    """`quantized_matmul` by a backend's kernel of grouped products, all tokens being one group.
+
+    options: of that kernel, such as the facts of the chip.
+    """
+    sizes_E = jnp.full(1, len(x_TD), jnp.int32)
+    return grouped_matmul(x_TD, stacked(weight), sizes_E, **options)
 
 
 def activations(x_TD: Array, weight: Quantized) -> tuple[Array, Array | None]:
