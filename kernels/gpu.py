@@ -8,6 +8,8 @@ from typing import Any
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxinfer.configs import Chip
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -16,6 +18,13 @@ class Gpu:
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int
+
+    @classmethod
+    def of(cls, chip: Chip) -> Gpu:
+        """Those of the sheet of an NVIDIA GPU."""
+        assert chip.gpu is not None, chip.name
+        major, minor = chip.gpu.compute_capability.rstrip("a").split(".")
+        return cls((int(major), int(minor)), chip.gpu.sm_count, chip.gpu.shared_memory_per_block)
 
 
 def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Array:
