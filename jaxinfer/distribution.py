@@ -29,6 +29,13 @@ def argmax(scores_BV: Array) -> Array:
     return (block_B * BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
+def argmax_of_columns(scores_VB: Array) -> Array:
+    """The first largest entry of each column, int32; of one with NaN, some entry."""
+    index_V1 = jnp.arange(len(scores_VB), dtype=jnp.int32)[:, None]
+    is_peak_VB = scores_VB == jnp.max(scores_VB, axis=0, keepdims=True)
+    return jnp.min(jnp.where(is_peak_VB, index_V1, len(scores_VB) - 1), axis=0)
+
+
 def top(scores_BV: Array, count: int) -> tuple[Array, Array]:
     """Values and int32 indices of the `count` largest entries of each row, the first of equals.
 

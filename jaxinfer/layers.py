@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.config import ModelConfig, RopeScaling
@@ -30,7 +30,7 @@ def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0, axes: int 
     """
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=tuple(range(-axes, 0)), keepdims=True)
-    normed = x32 * jax.lax.rsqrt(mean_square + eps)
+    normed = x32 * lax.rsqrt(mean_square + eps)
     scale = scale.astype(jnp.float32)
     return (normed * (scale + offset if offset else scale)).astype(x.dtype)
 
@@ -111,6 +111,32 @@ def apply_rope(x: Array, cosines: Array, sines: Array) -> Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def linear(x: Array, weight: Array, letters: str | None = None) -> Array:
+    """`x` [T, in…] through a weight [out…, in…], as checkpoints have it: the result [T, out…].
+
+    letters: of the result, which name its sharding; None where there is no mesh.  If the inputs are
+    split over devices and the result is not, this is an all-reduce.
+    """
+    inputs, outputs = x.ndim - 1, weight.ndim - (x.ndim - 1)
+    of_x, of_weight = tuple(range(1, x.ndim)), tuple(range(outputs, weight.ndim))
+
+    def tokens_first(x: Array, weight: Array) -> Array:
+        contract = ((of_x, of_weight), ((), ()))
+        place = None if letters is None else spec(letters)
+        return lax.dot_general(x, weight, contract, out_sharding=place)
+
+    def weight_first(x: Array, weight: Array) -> Array:
+        """What XLA's library on the CPU has on the right it packs anew for each product: so have
+        the few tokens there.  The barriers keep XLA from turning the product around again."""
+        turned = lax.optimization_barrier(jnp.moveaxis(x, 0, -1))
+        contract = ((of_weight, tuple(range(inputs))), ((), ()))
+        place = None if letters is None else spec(letters[1:] + letters[0])
+        result = lax.dot_general(weight, turned, contract, out_sharding=place)
+        return jnp.moveaxis(lax.optimization_barrier(result), -1, 0)
+
+    return lax.platform_dependent(x, weight, cpu=weight_first, default=tokens_first)
+
+
 def attention(
     weights: dict[str, Array],
     x_TD: Array,
@@ -126,8 +152,8 @@ def attention(
     The fused projection yields, for each KV head, its G queries, one key and one value (axis U), so
     that splitting K over devices never separates a query from its key.
     """
-    dims(x_TD=x_TD, qkv_DKUH=weights["qkv_DKUH"])
-    qkv_TKUH = jnp.einsum("TD,DKUH->TKUH", x_TD, weights["qkv_DKUH"])
+    dims(x_TD=x_TD, qkv_KUHD=weights["qkv_KUHD"])
+    qkv_TKUH = linear(x_TD, weights["qkv_KUHD"], "TKUH")
     if "qkv_bias_KUH" in weights:
         qkv_TKUH += weights["qkv_bias_KUH"][None]
     q_TKGH, k_TKH, v_TKH = qkv_TKUH[:, :, :-2], qkv_TKUH[:, :, -2], qkv_TKUH[:, :, -1]
@@ -160,12 +186,8 @@ def attention(
         check_vma=False,
     )(q_TKGH, k_TKH, v_TKH, pool, rows)
 
-    # Row-parallel: each device adds up its heads; the all-reduce happens here.  Not an einsum: that
-    # contracts several axes in an order of its own, for which the weight is transposed every time.
-    out_TD = jax.lax.dot_general(
-        attended_TKGH, weights["out_KGHD"], (((1, 2, 3), (0, 1, 2)), ((), ())),
-        out_sharding=spec("TD"),
-    )  # fmt: skip
+    # Row-parallel: each device adds up its heads; the all-reduce happens here.
+    out_TD = linear(attended_TKGH, weights["out_DKGH"], "TD")
     if "out_bias_D" in weights:
         out_TD += weights["out_bias_D"][None]
     return out_TD, pool
@@ -173,14 +195,14 @@ def attention(
 
 def mlp(weights: dict[str, Array], x_TD: Array, config: ModelConfig) -> Array:
     """Gated feed-forward (SwiGLU and GEGLU, arXiv:2002.05202): [T, D] → [T, D]."""
-    dims(x_TD=x_TD, gate_up_DWF=weights["gate_up_DWF"])
-    gate_up_TWF = jnp.einsum("TD,DWF->TWF", x_TD, weights["gate_up_DWF"])
+    dims(x_TD=x_TD, gate_up_WFD=weights["gate_up_WFD"])
+    gate_up_TWF = linear(x_TD, weights["gate_up_WFD"], "TWF")
     if "gate_up_bias_WF" in weights:
         gate_up_TWF += weights["gate_up_bias_WF"][None]
     activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
     hidden_TF = activation(gate_up_TWF[:, 0]) * gate_up_TWF[:, 1]
     # Row-parallel: each device adds up its share of F; the layer's second all-reduce.
-    out_TD = jnp.einsum("TF,FD->TD", hidden_TF, weights["down_FD"], out_sharding=spec("TD"))
+    out_TD = linear(hidden_TF, weights["down_DF"], "TD")
     if "down_bias_D" in weights:
         out_TD += weights["down_bias_D"][None]
     return out_TD
@@ -194,8 +216,13 @@ def embed(embed_VD: Array, tokens_T: Array, config: ModelConfig) -> Array:
 
 
 def logits(head_VD: Array, hidden_BD: Array, config: ModelConfig) -> Array:
-    """Scores of every vocabulary entry, float32, gathered whole on every device."""
-    scores_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD, preferred_element_type=jnp.float32)
-    scores_BV = capped(scaled(scores_BV, config.logit_scale), config.logit_soft_cap)
-    # The one place where logits cross devices: sampling needs whole rows.
-    return jax.sharding.reshard(scores_BV, spec("BD"))
+    """Scores `[V, B]` of every vocabulary entry, float32, gathered whole on every device.
+
+    The vocabulary comes first because the CPU multiplies so fastest (see `linear`), and turning the
+    scores around would cost it as much as is gained.
+    """
+    contract = ((1,), (1,)), ((), ())
+    scores_VB = lax.dot_general(head_VD, hidden_BD, contract, preferred_element_type=jnp.float32)
+    scores_VB = capped(scaled(scores_VB, config.logit_scale), config.logit_soft_cap)
+    # The one place where logits cross devices: sampling needs whole columns.
+    return jax.sharding.reshard(scores_VB, spec("DB"))

@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-from jaxinfer.distribution import argmax, masses, pick, top
+from jaxinfer.distribution import argmax, argmax_of_columns, masses, pick, top
 from jaxinfer.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -183,7 +183,7 @@ def _features(request: Request) -> int:
 
 
 def sample(
-    logits_BV: Array,
+    logits_VB: Array,
     history_BT: Array,
     table: SamplingTable,
     slots_B: Array,
@@ -193,22 +193,30 @@ def sample(
 ) -> Sampled:
     """Choose the token that follows each selected position.
 
-    logits_BV: the model's scores, float32.  history_BT: each slot's tokens by position, valid up to
+    logits_VB: the model's scores, float32.  history_BT: each slot's tokens by position, valid up to
     `positions_B`.  slots_B: the row of table and history of each.  targets_B: a known next token,
     to score it, or -1 to choose one.  features: OR of the rows' feature bits.
     """
-    row = jax.tree.map(lambda leaf: leaf[slots_B], table)
-    raw_BV = logits_BV.astype(jnp.float32)
-    scores_BV = adjust(raw_BV, history_BT, row, slots_B, positions_B, features)
-    greedy_B = argmax(scores_BV)
+    rows = len(slots_B)
 
-    def drawn() -> Array:
-        drawn_B = _draw(scores_BV, row, positions_B, features)
-        return jnp.where(row.temperature_B > 0, drawn_B, greedy_B)
+    def likeliest() -> Sampled:
+        return Sampled(argmax_of_columns(logits_VB), *_no_logprobs(rows))
 
-    tokens_B = lax.cond(features & SAMPLED != 0, drawn, lambda: greedy_B)
-    tokens_B = jnp.where(targets_B >= 0, targets_B, tokens_B)
-    return Sampled(tokens_B, *_logprobs(raw_BV, tokens_B, features))
+    def by_features() -> Sampled:
+        row = jax.tree.map(lambda leaf: leaf[slots_B], table)
+        raw_BV = logits_VB.T
+        scores_BV = adjust(raw_BV, history_BT, row, slots_B, positions_B, features)
+        greedy_B = argmax(scores_BV)
+
+        def drawn() -> Array:
+            drawn_B = _draw(scores_BV, row, positions_B, features)
+            return jnp.where(row.temperature_B > 0, drawn_B, greedy_B)
+
+        tokens_B = lax.cond(features & SAMPLED != 0, drawn, lambda: greedy_B)
+        tokens_B = jnp.where(targets_B >= 0, targets_B, tokens_B)
+        return Sampled(tokens_B, *_logprobs(raw_BV, tokens_B, features))
+
+    return lax.cond(features == 0, likeliest, by_features)
 
 
 def adjust(
@@ -327,12 +335,6 @@ def _logprobs(raw_BV: Array, tokens_B: Array, features: Array) -> tuple[Array, .
     rows, size = raw_BV.shape
     count = min(MAX_LOGPROBS, size)
 
-    def nothing(raw_BV: Array) -> tuple[Array, Array]:
-        return (
-            jnp.zeros((rows, MAX_LOGPROBS), jnp.int32),
-            jnp.zeros((rows, MAX_LOGPROBS), jnp.float32),
-        )
-
     def wanted(raw_BV: Array) -> tuple[Array, ...]:
         peak_B1 = jnp.max(raw_BV, axis=-1, keepdims=True)
         total_B1 = jnp.log(jnp.sum(jnp.exp(raw_BV - peak_B1), axis=-1, keepdims=True))
@@ -347,10 +349,20 @@ def _logprobs(raw_BV: Array, tokens_B: Array, features: Array) -> tuple[Array, .
                 jnp.pad(values - peak_B1 - total_B1, pad, constant_values=-jnp.inf),
             )
 
-        best = lax.cond(features & TOP_LOGPROBS != 0, likeliest, nothing, raw_BV)
+        best = lax.cond(
+            features & TOP_LOGPROBS != 0, likeliest, lambda _: _no_logprobs(rows)[2:], raw_BV
+        )
         return (chosen_B1 - peak_B1 - total_B1)[:, 0], rank_B, *best
 
-    def unwanted(raw_BV: Array) -> tuple[Array, ...]:
-        return jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.int32), *nothing(raw_BV)
+    return lax.cond(features & LOGPROBS != 0, wanted, lambda _: _no_logprobs(rows), raw_BV)
 
-    return lax.cond(features & LOGPROBS != 0, wanted, unwanted, raw_BV)
+
+def _no_logprobs(rows: int) -> tuple[Array, ...]:
+    """What stands for log-probability, rank, and both of the likeliest where nobody asks."""
+    wide = rows, MAX_LOGPROBS
+    return (
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(wide, jnp.int32),
+        jnp.zeros(wide, jnp.float32),
+    )

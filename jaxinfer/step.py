@@ -79,9 +79,9 @@ def head(
 ) -> tuple[Array, Sampled]:
     """Logits of the selected positions, their next tokens, and these written to the history."""
     hidden_BD = hidden_BD[: len(selection.slots_B)]
-    logits_BV = decoder.logits(weights, hidden_BD, config)
+    logits_VB = decoder.logits(weights, hidden_BD, config)
     sampled = sample(
-        logits_BV,
+        logits_VB,
         history_BT,
         selection.table,
         selection.slots_B,

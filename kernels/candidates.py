@@ -14,7 +14,7 @@ import jax
 
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ShapeError
-from jaxinfer.kernels import cases, choice
+from jaxinfer.kernels import cases
 from jaxinfer.kernels.blocks import Key, pages_key, product_key
 from jaxinfer.kernels.tpu import LANES
 
@@ -96,10 +96,11 @@ def _attention(q_TKGH, pool, rows, case: cases.Case, chip: Chip, *, single: bool
 
 
 def _attention_gpu(case: cases.Case, chip: Chip, single: bool) -> tuple:
+    from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import check_tiling, choose_tiling
     from jaxinfer.kernels.paged_attention_gpu_work import Problem
 
-    gpu = choice.gpu_facts(chip)
+    gpu = Gpu.of(chip)
     problem = Problem(
         case.K, case.G, case.H, case.S, case.stored, case.H**-0.5, case.window, case.soft_cap
     )
@@ -125,19 +126,23 @@ def _attention_gpu(case: cases.Case, chip: Chip, single: bool) -> tuple:
 def _products(x_TD: Any, weight: Any, chip: Chip) -> tuple:
     if chip.gpu is not None:
         from jaxinfer.kernels import grouped_matmul_gpu as gpu
+        from jaxinfer.kernels.gpu import Gpu
+        from jaxinfer.kernels.grouped_matmul_gpu_units import UNITS
 
-        facts = {"shared_bytes": chip.gpu.shared_memory_per_block}
-        first = gpu.block_sizes(x_TD, weight, **facts)
+        facts = Gpu.of(chip)
+        first = gpu.block_sizes(x_TD, weight, facts)
+        unit = UNITS[facts.capability[0]]
         # Large tiles are for experts with many tokens.
-        tokens = (64, 128) if x_TD.shape[0] >= 32 * weight.shape[0] else (64,)
+        many = x_TD.shape[0] >= 32 * weight.shape[0]
+        tokens = unit.TOKENS if many else unit.TOKENS[:1]
         others = [
-            gpu.Blocks(tile, width, stages, per_sm)
+            gpu.Blocks(tile, width, stages, per_sm, first.depth)
             for tile, width, per_sm, stages in itertools.product(
-                tokens, (128, 192, 64), (3, 2, 1), (6, 4, 3)
+                tokens, gpu.WIDTHS, (3, 2, 1), (6, 4, 3)
             )
         ]
         # Of those that differ in the stages alone, the most that fit are enough.
-        fitting = _fitting(first, others, lambda b: gpu.check_blocks(b, weight, **facts))
+        fitting = _fitting(first, others, lambda b: gpu.check_blocks(b, weight, facts))
         most: dict[tuple, Any] = {}
         for blocks in fitting:
             most.setdefault((blocks.tokens, blocks.width, blocks.per_sm), blocks)

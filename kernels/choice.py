@@ -103,30 +103,23 @@ def _refuse_gpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
         return (
             f"the GPU kernels need jax {'.'.join(map(str, GPU_NEEDS_JAX))}, found {jax.__version__}"
         )
+    from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import why_not
 
-    return why_not(gpu_facts(chip), q_TKGH, pool)
+    return why_not(Gpu.of(chip), q_TKGH, pool)
 
 
 def _make_gpu(chip: Chip, why: str) -> PageOps:
+    from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import paged_attention
 
     # XLA's own scatter writes a few slots in place, at no more than their bytes.
     return PageOps(
         "mosaic_gpu",
-        partial(paged_attention, gpu=gpu_facts(chip), chip=chip.name),
+        partial(paged_attention, gpu=Gpu.of(chip), chip=chip.name),
         REFERENCE.write_pages,
         why,
     )
-
-
-def gpu_facts(chip: Chip) -> Any:
-    """What the GPU kernels over pages are told of a chip."""
-    from jaxinfer.kernels.paged_attention_gpu import Gpu
-
-    assert chip.gpu is not None
-    major, minor = chip.gpu.compute_capability.rstrip("a").split(".")
-    return Gpu((int(major), int(minor)), chip.gpu.sm_count, chip.gpu.shared_memory_per_block)
 
 
 # Of each backend with kernels: why it cannot serve (None if it can), and its operations.

@@ -10,7 +10,6 @@ the company it is in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -20,6 +19,7 @@ from jax import Array
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels import paged_attention_gpu_body as body
+from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
 from jaxinfer.kernels.paged_attention_gpu_units import UNITS
 from jaxinfer.kernels.paged_attention_gpu_work import LOG2E, Problem, Tiling
@@ -31,15 +31,6 @@ from jaxinfer.shapes import dims
 SHORTEST_PART = 1024
 # Computing warpgroups; three of them were slower on H100, also where pages must be converted.
 GROUPS = 2
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Facts of a chip: compute capability, multiprocessors, bytes of shared memory of a block."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_bytes: int
 
 
 def why_not(gpu: Gpu, q_TKGH: Array, pool: Pool) -> str | None:

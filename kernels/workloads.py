@@ -224,22 +224,25 @@ def _product(op: str, case: cases.Product, backend: str, chip: Chip | None) -> I
         return getattr(modules[op], op)
     if case.single and case.format and not format_of(case.format).rows:
         raise ConfigError(f"{backend}: no kernel is needed, XLA reads the weight once as it is")
-    if backend == "mosaic_tpu":
-        if chip is None or chip.tpu is None or chip.name not in tpu.CHIPS:
-            raise ConfigError(f"{backend}: compiled for {', '.join(tpu.CHIPS)} only")
-        module = import_module(f"jaxinfer.kernels.{op}_tpu")
-        return partial(getattr(module, op), vmem_bytes=chip.tpu.vmem_bytes, chip=chip.name)
+    kernel = {"mosaic_tpu": _grouped_tpu, "mosaic_gpu": _grouped_gpu}[backend](case, chip)
+    return partial(quantized_matmul.as_one_group, kernel) if case.single else kernel
+
+
+def _grouped_tpu(case: cases.Product, chip: Chip | None) -> Implementation:
+    if chip is None or chip.tpu is None or chip.name not in tpu.CHIPS:
+        raise ConfigError(f"mosaic_tpu: compiled for {', '.join(tpu.CHIPS)} only")
+    module = import_module("jaxinfer.kernels.grouped_matmul_tpu")
+    return partial(module.grouped_matmul, vmem_bytes=chip.tpu.vmem_bytes, chip=chip.name)
+
+
+def _grouped_gpu(case: cases.Product, chip: Chip | None) -> Implementation:
     if chip is None or chip.gpu is None:
-        raise ConfigError(f"{backend}: the device is no NVIDIA GPU that has a sheet")
+        raise ConfigError("mosaic_gpu: the device is no NVIDIA GPU that has a sheet")
     if jax.__version_info__ < choice.GPU_NEEDS_JAX:
-        raise ConfigError(f"{backend}: the kernels need a newer jax than {jax.__version__}")
-    gpu = choice.gpu_facts(chip)
+        raise ConfigError(f"mosaic_gpu: the kernels need a newer jax than {jax.__version__}")
+    module = import_module("jaxinfer.kernels.grouped_matmul_gpu")
+    gpu = import_module("jaxinfer.kernels.gpu").Gpu.of(chip)
     x_TD, weight, _ = cases.abstract_product(replace(case, single=False))
-    stem = import_module("jaxinfer.kernels.grouped_matmul_gpu")
-    if refused := stem.refusal(x_TD, weight, gpu.capability):
-        raise ConfigError(f"{backend}: {refused}")
-    module = import_module(f"jaxinfer.kernels.{op}_gpu")
-    return partial(
-        getattr(module, op), num_sms=gpu.multiprocessors, shared_bytes=gpu.shared_bytes,
-        chip=chip.name,
-    )  # fmt: skip
+    if refused := module.refusal(x_TD, weight, gpu):
+        raise ConfigError(f"mosaic_gpu: {refused}")
+    return partial(module.grouped_matmul, gpu=gpu, chip=chip.name)

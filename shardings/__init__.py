@@ -1,6 +1,6 @@
 """Device meshes, and the rules that map axis letters to mesh axes.
 
-A name carries its sharding: with the rules below `down_FD` is split along F over the axes
+A name carries its sharding: with the rules below `down_DF` is split along F over the axes
 ("expert", "tensor") and whole along D.  Models name letters only; which devices there are, and how
 many, is decided here and nowhere else.
 """

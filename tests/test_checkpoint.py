@@ -111,15 +111,15 @@ def expected(files):
         out = tensors[attention + "o_proj.weight"].T
         layer = {
             **norms(tensors, base, config),
-            "qkv_DKUH": fused(attention, "weight"),
-            "out_KGHD": np.stack(
+            "qkv_KUHD": fused(attention, "weight"),
+            "out_DKGH": np.stack(
                 [np.stack([out[(k * group + g) * width :][:width] for g in range(group)])
                  for k in range(config.num_kv_heads)]
             ),
-            "gate_up_DWF": np.stack(
+            "gate_up_WFD": np.stack(
                 [tensors[mlp + "gate_proj.weight"].T, tensors[mlp + "up_proj.weight"].T], 1
             ),
-            "down_FD": tensors[mlp + "down_proj.weight"].T,
+            "down_DF": tensors[mlp + "down_proj.weight"].T,
         }  # fmt: skip
         if config.qkv_bias:
             layer["qkv_bias_KUH"] = fused(attention, "bias")
@@ -263,7 +263,7 @@ def test_each_device_reads_only_its_slice(tmp_path, monkeypatch, family):
         assert leaf.sharding == place
         assert len(leaf.sharding.device_set) == 4
     layer = loaded["layers"][0]
-    assert layer["qkv_DKUH"].addressable_shards[0].data.shape == (24, 1, 4, 8)
+    assert layer["qkv_KUHD"].addressable_shards[0].data.shape == (24, 1, 4, 8)
     # Whatever is split is read once in parts, and what is whole everywhere once as well.
     stored = sum(values.nbytes for values in tensors_of(files.path).values())
     assert sum(counts) == stored
@@ -624,7 +624,7 @@ def test_random_weights_are_as_declared(fixtures):
         else:
             assert (values == {"ones": 1, "zeros": 0}[parameter.init]).all()
     first, second = weights["layers"]
-    assert not np.array_equal(first["qkv_DKUH"], second["qkv_DKUH"])
+    assert not np.array_equal(first["qkv_KUHD"], second["qkv_KUHD"])
 
 
 @needs_four

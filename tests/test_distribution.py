@@ -134,6 +134,9 @@ def test_transformers_keeps_the_same_tokens(fixtures, way, name):
 def test_largest_entries_are_numpys(size, kind):
     scores = draw_scores(kind, size)
     np.testing.assert_array_equal(jax.jit(distribution.argmax)(scores), scores.argmax(1))
+    columns = jax.jit(distribution.argmax_of_columns)(scores.T)
+    assert columns.dtype == np.int32
+    np.testing.assert_array_equal(columns, scores.argmax(1))
     count = min(20, size)
     scores += 0.0  # lax.top_k sorts -0 below 0
     values, ids = jax.jit(distribution.top, static_argnums=1)(scores, count)
@@ -150,6 +153,9 @@ def test_rows_of_nothing_end_in_a_token_that_exists():
     scores[2::4, 7:90] = np.nan
     scores[3::4, 7:90] = np.inf
     assert set(np.asarray(distribution.argmax(scores[0::4])).tolist()) == {0}
+    found = np.asarray(distribution.argmax_of_columns(scores.T))
+    assert set(found[0::4].tolist()) == {0}
+    assert ((found >= 0) & (found < 300)).all()
     mass = masses(scores, filtered=True, **draw_filters(3))
     for share in (0, 0.5, 1 - 2**-24):
         picked = np.asarray(distribution.pick(mass, np.full(B, share, np.float32)))

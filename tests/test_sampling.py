@@ -75,7 +75,7 @@ def run(cases, slots=None, features=None, rows=SLOTS):
     others = [np.pad(each, (0, pad), constant_values=fill) for each, fill in
               zip(others, (SLOTS, 0, 0), strict=True)]  # fmt: skip
     nans = np.full((pad, logits.shape[1]), np.nan, np.float32)  # padding may hold anything
-    result = sample(np.concatenate([logits, nans]), history, table, *others, features)
+    result = sample(np.concatenate([logits, nans]).T, history, table, *others, features)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(cases)], result)
 
 
@@ -286,7 +286,7 @@ def draws(count, logits, vary="position", **params) -> np.ndarray:
     slots = np.arange(count, dtype=np.int32) if vary != "position" else np.zeros(count, np.int32)
     positions = np.arange(count, dtype=np.int32) if vary == "position" else np.full(count, 9)
     result = sample(
-        jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits))),
+        jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[:, None], (len(logits), count)),
         np.zeros((len(rows.features_B), count + 1), np.int32), rows.table(), slots,
         positions.astype(np.int32), np.full(count, -1, np.int32),
         np.bitwise_or.reduce(rows.features_B),

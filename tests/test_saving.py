@@ -405,7 +405,7 @@ def test_facts_that_make_no_sense(saved, field, value, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("intermediate_size", 30, r"down_FD has the shape \[36, 36\].*must be \[30, 36\]"),
+        ("intermediate_size", 30, r"down_DF has the shape \[36, 36\].*must be \[30, 36\]"),
         ("num_layers", 3, r"parameters are missing, such as layers\.2\."),
         ("num_layers", 1, r"parameters are left over, such as layers\.1\."),
         ("qkv_bias", True, r"2 parameters are missing, such as layers\.0\.qkv_bias_KUH"),
@@ -421,9 +421,9 @@ def test_facts_that_do_not_fit_the_weights(saved, field, value, message):
 def test_a_piece_is_missing(saved):
     files = checkpoint.resolve(saved)
     database = f"file://{data_of(saved) / 'weights'}/|ocdbt:"
-    del tensorstore.KvStore.open(database).result()["layers.1.down_FD/0.0"]
+    del tensorstore.KvStore.open(database).result()["layers.1.down_DF/0.0"]
     with pytest.raises(
-        CheckpointError, match=r"cannot be read: .*layers\.1\.down_FD/.*save the model"
+        CheckpointError, match=r"cannot be read: .*layers\.1\.down_DF/.*save the model"
     ):
         checkpoint.load(files, *tree_of(files.config), jnp.float32)
 

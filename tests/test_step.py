@@ -47,8 +47,8 @@ def test_a_step_copies_no_cache_and_exchanges_twice_a_layer(tiny_model, devices)
 def test_every_leaf_has_the_sharding_of_its_name(tiny_model):
     with LLM(tiny_model, **ENGINE, tensor_parallel_size=4) as llm:
         layer = llm._weights["layers"][0]
-        assert layer["qkv_DKUH"].sharding.shard_shape(layer["qkv_DKUH"].shape) == (48, 1, 4, 16)
-        assert layer["down_FD"].sharding.shard_shape((96, 48)) == (24, 48)
+        assert layer["qkv_KUHD"].sharding.shard_shape(layer["qkv_KUHD"].shape) == (48, 1, 4, 16)
+        assert layer["down_DF"].sharding.shard_shape((96, 48)) == (24, 48)
         assert llm._weights["embed_VD"].sharding.shard_shape((256, 48)) == (64, 48)
         llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
         pool = llm._state.cache.pools[1].v_PKSH

@@ -21,9 +21,9 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxinfer.bench.side import left_padded
 from jaxinfer.config import ModelConfig
-from jaxinfer.distribution import argmax
+from jaxinfer.distribution import argmax_of_columns
 from jaxinfer.errors import ConfigError
-from jaxinfer.layers import apply_rope, rms_norm, rope_tables
+from jaxinfer.layers import apply_rope, linear, rms_norm, rope_tables
 
 # What `ModelConfig` may say without changing the mathematics of a Llama.
 FREE = (
@@ -57,7 +57,7 @@ def attend(
 ) -> tuple[Array, tuple[Array, Array]]:
     """Write keys and values from position `start` on, attend to the first S slots."""
     rows, width, seen = visible_BQS.shape
-    qkv_BQKUH = jnp.einsum("BQD,DKUH->BQKUH", x_BQD, layer["qkv_DKUH"])
+    qkv_BQKUH = _linear(x_BQD, layer["qkv_KUHD"])
     rotated = apply_rope(qkv_BQKUH[..., :-1, :].reshape(rows * width, *_heads(layer)), *rope)
     rotated = rotated.reshape(rows, width, *rotated.shape[1:])
     q_BQKGH, k_BQKH, v_BQKH = rotated[..., :-1, :], rotated[..., -1, :], qkv_BQKUH[..., -1, :]
@@ -69,21 +69,27 @@ def attend(
     scores = scores * q_BQKGH.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible_BQS[:, None, None], scores, HIDDEN), axis=-1)
     out_BQKGH = jnp.einsum("BKGQS,BKSH->BQKGH", weights, v_BKSH[:, :, :seen])
-    # Not an einsum, which would transpose the weight: see layers.attention.
-    contract = ((2, 3, 4), (0, 1, 2)), ((), ())
-    return lax.dot_general(out_BQKGH, layer["out_KGHD"], contract), (k_BKSH, v_BKSH)
+    out_BQD = _linear(out_BQKGH, layer["out_DKGH"])
+    return out_BQD, (k_BKSH, v_BKSH)
+
+
+def _linear(x: Array, weight: Array) -> Array:
+    """`layers.linear` of every token in a batch `[B, Q, …]`."""
+    rows, width = x.shape[:2]
+    result = linear(x.reshape(rows * width, *x.shape[2:]), weight)
+    return result.reshape(rows, width, *result.shape[1:])
 
 
 def _heads(layer: dict[str, Array]) -> tuple[int, int, int]:
     """K, the heads that rotate (queries and the key), H."""
-    _, kv_heads, group, width = layer["qkv_DKUH"].shape
+    kv_heads, group, width, _ = layer["qkv_KUHD"].shape
     return kv_heads, group - 1, width
 
 
 def feed_forward(layer: dict[str, Array], x_BQD: Array) -> Array:
-    gate_up_BQWF = jnp.einsum("BQD,DWF->BQWF", x_BQD, layer["gate_up_DWF"])
+    gate_up_BQWF = _linear(x_BQD, layer["gate_up_WFD"])
     hidden_BQF = jax.nn.silu(gate_up_BQWF[:, :, 0]) * gate_up_BQWF[:, :, 1]
-    return jnp.einsum("BQF,FD->BQD", hidden_BQF, layer["down_FD"])
+    return _linear(hidden_BQF, layer["down_DF"])
 
 
 def forward(
@@ -96,7 +102,7 @@ def forward(
     config: ModelConfig,
     seen: int,
 ) -> tuple[Cache, Array]:
-    """Run Q tokens of every row from position `start` on; returns the last one's logits [B, V].
+    """Run Q tokens of every row from position `start` on; returns the last one's logits [V, B].
 
     pads_B: how many positions at the front of each row are padding.  seen: slots attended to.
     """
@@ -121,7 +127,7 @@ def forward(
         x_BQD += feed_forward(layer, norm(x_BQD, layer["mlp_norm_D"]))
     last_BD = norm(x_BQD[:, -1:], weights["final_norm_D"])[:, 0]
     head_VD = weights.get("head_VD", weights["embed_VD"])
-    return written, jnp.einsum("BD,VD->BV", last_BD, head_VD)
+    return written, jnp.einsum("VD,BD->VB", head_VD, last_BD)
 
 
 class Loop:
@@ -184,16 +190,16 @@ class Loop:
         width = -(-len(tokens) // 64) * 64  # few programs for all lengths
         pads = np.array([width - len(tokens)], np.int32)
         padded = np.array([[0] * pads[0] + tokens], np.int32)
-        _, logits_BV, _ = self._prefill(
+        _, logits_VB, _ = self._prefill(
             self._weights, self._empty(1, width), padded, pads_B=pads, config=self._config,
             seen=width,
         )  # fmt: skip
-        return np.asarray(logits_BV[0])
+        return np.asarray(logits_VB[:, 0])
 
     def close(self) -> None:
         self._caches.clear()
 
 
 def _greedy(weights, cache, tokens_BQ, *, start, pads_B, config, seen):
-    cache, logits_BV = forward(weights, cache, tokens_BQ, start, pads_B, config=config, seen=seen)
-    return cache, logits_BV, argmax(logits_BV)
+    cache, logits_VB = forward(weights, cache, tokens_BQ, start, pads_B, config=config, seen=seen)
+    return cache, logits_VB, argmax_of_columns(logits_VB)

@@ -41,7 +41,7 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
             tree[name] = Parameter(axes, tuple(config.sizes[axis] for axis in axes), init)
         return tree
 
-    layer = ["qkv_DKUH", "out_KGHD", "gate_up_DWF", "down_FD"]
+    layer = ["qkv_KUHD", "out_DKGH", "gate_up_WFD", "down_DF"]
     layer += ["attn_norm_D", "mlp_norm_D"] * config.pre_norm
     layer += ["attn_post_norm_D", "mlp_post_norm_D"] * config.post_norm
     layer += ["qkv_bias_KUH"] * config.qkv_bias
@@ -86,6 +86,6 @@ def forward(
 
 
 def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:
-    """Final norm and output projection: [B, D] → float32 [B, V]."""
+    """Final norm and output projection: [B, D] → float32 [V, B]."""
     normed_BD = layers.norm(hidden_BD, weights["final_norm_D"], config)
     return layers.logits(weights.get("head_VD", weights["embed_VD"]), normed_BD, config)

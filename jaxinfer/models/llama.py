@@ -27,7 +27,7 @@ MLP = LAYER + "mlp."
 WEIGHTS = {
     "embed_VD": (Source("model.embed_tokens.weight", "V,D"),),
     "attn_norm_D": (Source(LAYER + "input_layernorm.weight", "D"),),
-    "qkv_DKUH": (
+    "qkv_KUHD": (
         Source(ATTENTION + "q_proj.weight", "KGH,D"),
         Source(ATTENTION + "k_proj.weight", "KH,D"),
         Source(ATTENTION + "v_proj.weight", "KH,D"),
@@ -37,12 +37,12 @@ WEIGHTS = {
         Source(ATTENTION + "k_proj.bias", "KH"),
         Source(ATTENTION + "v_proj.bias", "KH"),
     ),
-    "out_KGHD": (Source(ATTENTION + "o_proj.weight", "D,KGH"),),
+    "out_DKGH": (Source(ATTENTION + "o_proj.weight", "D,KGH"),),
     "out_bias_D": (Source(ATTENTION + "o_proj.bias", "D"),),
     "mlp_norm_D": (Source(LAYER + "post_attention_layernorm.weight", "D"),),
-    "gate_up_DWF": (Source(MLP + "gate_proj.weight", "F,D"), Source(MLP + "up_proj.weight", "F,D")),
+    "gate_up_WFD": (Source(MLP + "gate_proj.weight", "F,D"), Source(MLP + "up_proj.weight", "F,D")),
     "gate_up_bias_WF": (Source(MLP + "gate_proj.bias", "F"), Source(MLP + "up_proj.bias", "F")),
-    "down_FD": (Source(MLP + "down_proj.weight", "D,F"),),
+    "down_DF": (Source(MLP + "down_proj.weight", "D,F"),),
     "down_bias_D": (Source(MLP + "down_proj.bias", "D"),),
     "final_norm_D": (Source("model.norm.weight", "D"),),
     "head_VD": (Source("lm_head.weight", "V,D"),),

@@ -23,10 +23,10 @@ FAMILY = Family(
     adjusted=("partial_rotary_factor",),
     weights={name: llama.WEIGHTS[name] for name in llama.WEIGHTS if "bias" not in name}
     | {
-        "qkv_DKUH": tuple(
+        "qkv_KUHD": tuple(
             Source(llama.ATTENTION + "qkv_proj.weight", axes) for axes in ("KGH,D", "KH,D", "KH,D")
         ),
-        "gate_up_DWF": (Source(llama.MLP + "gate_up_proj.weight", "F,D"),) * 2,
+        "gate_up_WFD": (Source(llama.MLP + "gate_up_proj.weight", "F,D"),) * 2,
     },
     ignored=llama.FAMILY.ignored,
 )

@@ -38,3 +38,18 @@ def expected(x, weight, groups):
         out[offset : offset + size] = x[offset : offset + size] @ values[expert]
         offset += size
     return out
+
+
+def check(grouped_matmul, case: Product):
+    """A backend's `grouped_matmul` of bfloat16 activations against float64; on a chip as well.
+
+    Half a unit in the last place of the result, and of each of D summands where weights or
+    activations are rounded to bfloat16 before the product.
+    """
+    x, weight, sizes = build(case, jnp.bfloat16)
+    out = grouped_matmul(x, weight, sizes)
+    assert out.dtype == jnp.bfloat16
+    out = np.asarray(out, np.float64)
+    want = expected(x, weight, case.groups)
+    np.testing.assert_allclose(out, want, rtol=2**-8, atol=0.17 * (case.D / 256) ** 0.5)
+    assert not out[case.num_tokens :].any()

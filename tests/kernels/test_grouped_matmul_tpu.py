@@ -1,6 +1,7 @@
 """The TPU kernel of grouped products, interpreted: values and races, on memory full of NaN."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxinfer.kernels.grouped_matmul_tpu import (
     grouped_matmul,
     vmem_needed,
 )
-from jaxinfer.kernels.quantized_matmul_tpu import quantized_matmul
+from jaxinfer.kernels.quantized_matmul import as_one_group
 from jaxinfer.kernels.stored import stored
 from tests.kernels.groups import build, expected
 from tests.kernels.tpu_interpreter import parameters, run
@@ -58,9 +59,8 @@ def test_a_single_weight(name, kernel_ran):
     x, stack, _ = build(case, jnp.bfloat16)
     x = x[: case.num_tokens]
     weight = jax.tree.map(lambda leaf: leaf[0], stack)
-    out = run(
-        lambda x, w: quantized_matmul(x, w, vmem_bytes=VMEM, interpret=parameters()), x, weight
-    )
+    kernel = partial(grouped_matmul, vmem_bytes=VMEM, interpret=parameters())
+    out = run(partial(as_one_group, kernel), x, weight)
     want = expected(x, stack, case.groups)
     np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.2)
 
