@@ -7,7 +7,8 @@ import pytest
 
 from jaxinfer.aot import compile_for
 from jaxinfer.aot import target as targets
-from jaxinfer.kernels import cases, grouped_matmul_tpu
+from jaxinfer.kernels import cases, grouped_matmul_gpu, grouped_matmul_tpu
+from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.quantized import FORMATS, Quantized, bytes_of
 from jaxinfer.kernels.quantized_matmul import as_one_group, quantized_matmul
 
@@ -17,12 +18,8 @@ VMEM = {"v5e:1": 100 * 2**20, "v6e:1": 100 * 2**20, "v5p:1": 90 * 2**20, "tpu7x:
 GPU_KERNELS = jax.__version_info__ >= (0, 11)
 NEWER = pytest.mark.skipif(not GPU_KERNELS, reason="GPU kernels need JAX 0.11")
 H100, H200, B200 = (pytest.param(name, marks=NEWER) for name in ("h100:1", "h200:1", "b200:1"))
-if GPU_KERNELS:
-    from jaxinfer.kernels import grouped_matmul_gpu
-    from jaxinfer.kernels.gpu import Gpu
-
-    HOPPER, BLACKWELL = Gpu((9, 0), 132, 232_448), Gpu((10, 0), 148, 232_448)
-    GPUS = {"h100:1": HOPPER, "h200:1": HOPPER, "b200:1": BLACKWELL}
+HOPPER, BLACKWELL = Gpu((9, 0), 132, 232_448), Gpu((10, 0), 148, 232_448)
+GPUS = {"h100:1": HOPPER, "h200:1": HOPPER, "b200:1": BLACKWELL}
 
 
 def kernel_for(target, **options):

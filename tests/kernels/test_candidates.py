@@ -8,6 +8,7 @@ import pytest
 from jaxinfer.configs import chips, load_chip
 from jaxinfer.errors import ConfigError, ShapeError
 from jaxinfer.kernels import candidates, cases, choice, workloads
+from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.tuning import backend_of
 
 CHIPS = [
@@ -89,9 +90,6 @@ def test_a_mixed_batch_has_a_sweep_for_each_kind_of_rows():
     assert len({blocks.queries for blocks in found[1].choices}) > 1
     assert len({blocks.pages for blocks in found[0].choices}) > 1
 
-
-if jax.__version_info__ >= choice.GPU_NEEDS_JAX:
-    from jaxinfer.kernels.gpu import Gpu
 
 NEW_JAX = pytest.mark.skipif(
     jax.__version_info__ < choice.GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
