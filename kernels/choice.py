@@ -53,8 +53,8 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
 
     Raises `ConfigError` if the backend that was asked for cannot serve: says why, and which can.
     """
-    refusals = {name: refuse(chip, q_TKGH, pool) for name, (refuse, _) in _KERNELS.items()}
-    serving = [name for name, refusal in refusals.items() if refusal is None]
+    refusals = {name: refusal(name, chip, q_TKGH, pool) for name in _KERNELS}
+    serving = [name for name, why in refusals.items() if why is None]
     if asked == "auto":
         if chip is None or not serving:
             own = None if chip is None else refusals["mosaic_gpu" if chip.gpu else "mosaic_tpu"]
@@ -69,6 +69,11 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
         )
     assert chip is not None
     return _KERNELS[asked][1](chip, "asked for")
+
+
+def refusal(backend: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
+    """Why a backend cannot serve queries and a pool on a chip; None if it can."""
+    return None if backend == "reference" else _KERNELS[backend][0](chip, q_TKGH, pool)
 
 
 def _refuse_tpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
@@ -86,8 +91,8 @@ def _make_tpu(chip: Chip, why: str) -> PageOps:
     assert chip.tpu is not None
     facts = {"vmem_bytes": chip.tpu.vmem_bytes, "num_cores": chip.tpu.cores}
     return PageOps(
-        "mosaic_tpu", partial(paged_attention, **facts), partial(write_pages, **facts), why,
-        row_major=True,
+        "mosaic_tpu", partial(paged_attention, **facts, chip=chip.name),
+        partial(write_pages, **facts), why, row_major=True,
     )  # fmt: skip
 
 
@@ -110,7 +115,10 @@ def _make_gpu(chip: Chip, why: str) -> PageOps:
 
     # XLA's own scatter writes a few slots in place, at no more than their bytes.
     return PageOps(
-        "mosaic_gpu", partial(paged_attention, gpu=Gpu.of(chip)), REFERENCE.write_pages, why
+        "mosaic_gpu",
+        partial(paged_attention, gpu=Gpu.of(chip), chip=chip.name),
+        REFERENCE.write_pages,
+        why,
     )
 
 

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxinfer.errors import ConfigError, ShapeError
+from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels.gpu import Gpu, load, row_layout
 from jaxinfer.kernels.grouped_matmul import finish, visits
 from jaxinfer.kernels.grouped_matmul_gpu_units import UNITS
@@ -81,22 +82,56 @@ def block_sizes(x_TD: Any, weight: Any, gpu: Gpu, *, depth_minor: bool = False) 
     operand = multiplied(weight, gpu, depth_minor=depth_minor)
     depth = 2 * DEPTH if operand.itemsize == 1 and D % (2 * DEPTH) == 0 else DEPTH
     steps = D // depth
-    out_bytes = 4 if operand.itemsize == 1 or operand == jnp.float16 else 2
     cuts = [(tokens, width) for tokens in unit.TOKENS for width in WIDTHS if F % width == 0]
     if num_tokens >= 96 * E:
         cuts.sort(key=lambda cut: (cut[0] * cut[1], cut[0]), reverse=True)
     for tokens, width in cuts:
-        stage = depth * (tokens * operand.itemsize + width * form.bits // 8)
-        fixed = tokens * width * out_bytes + REST
-        if form.values.dtype != operand:
-            fixed += depth * width * operand.itemsize
-        if form.grouped:
-            stage += -(-depth // form.rows) * width * form.scales.dtype.itemsize
+        stage, fixed = _shared_bytes(tokens, width, depth, form, operand)
         for per_sm in (3, 2, 1):
             stages = min((gpu.shared_bytes // per_sm - fixed) // stage, 6, steps)
             if stages >= min(3, steps) and unit.holds(tokens, width, per_sm, operand):
                 return Blocks(tokens, width, stages, per_sm, depth)
     raise ShapeError(f"weight {weight.shape}: no block of it fits {gpu.shared_bytes} bytes")
+
+
+def _shared_bytes(
+    tokens: int, width: int, depth: int, form: Stored, operand: Any
+) -> tuple[int, int]:
+    """Shared memory of a thread block: for each stage, and once."""
+    out_bytes = 4 if operand.itemsize == 1 or operand == jnp.float16 else 2
+    stage = depth * (tokens * operand.itemsize + width * form.bits // 8)
+    fixed = tokens * width * out_bytes + REST
+    if form.values.dtype != operand:
+        fixed += depth * width * operand.itemsize
+    if form.grouped:
+        stage += -(-depth // form.rows) * width * form.scales.dtype.itemsize
+    return stage, fixed
+
+
+def check_blocks(blocks: Blocks, weight: Any, gpu: Gpu, *, depth_minor: bool = False) -> None:
+    """Raise `ShapeError` unless blocks are for weights of such a shape on such a chip."""
+    _, D, F = weight.shape
+    unit, form = UNITS[gpu.capability[0]], jax.eval_shape(stored, weight)
+    operand = multiplied(weight, gpu, depth_minor=depth_minor)
+    whole = blocks.depth in (DEPTH, 2 * DEPTH) and D % blocks.depth == 0
+    tokens, width, per_sm = blocks.tokens, blocks.width, blocks.per_sm
+    stage, fixed = _shared_bytes(tokens, width, blocks.depth, form, operand)
+    needed = per_sm * (fixed + blocks.stages * stage)
+    tuned.require(
+        {
+            f"tokens must be one of {unit.TOKENS}": tokens in unit.TOKENS,
+            f"width must be one of {WIDTHS} that divides F = {F}": width in WIDTHS
+            and F % width == 0,
+            f"depth must be {DEPTH} or {2 * DEPTH} and divide D = {D}": whole,
+            f"stages must be from 1 to {D // DEPTH}": 1 <= blocks.stages <= D // blocks.depth,
+            "per_sm must be at least 1": per_sm >= 1,
+            f"{needed} bytes do not fit {gpu.shared_bytes}": needed <= gpu.shared_bytes,
+            "the sums are more than a multiprocessor holds": unit.holds(
+                tokens, width, per_sm, operand
+            ),
+        },
+        blocks,
+    )
 
 
 def refusal(x_TD: Any, weight: Any, gpu: Gpu) -> str | None:
@@ -124,11 +159,12 @@ def grouped_matmul(
     gpu: Gpu,
     blocks: Blocks | None = None,
     depth_minor: bool = False,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> Array:
     """`grouped_matmul.grouped_matmul` as a kernel, for arguments that `refusal` passes.
 
-    blocks: `block_sizes` by default.
+    blocks: by default as tuned for the chip (the name of its sheet), else `block_sizes`.
     depth_minor: the weight's values lie in memory with D innermost; if they do not, they are
         copied.  For weights that are then multiplied as they are stored.
 
@@ -140,7 +176,14 @@ def grouped_matmul(
     form = stored(weight)
     if depth_minor and form.values.dtype != operand:
         raise ConfigError(f"depth_minor: {form.format} is not multiplied as it is stored")
-    blocks = blocks or block_sizes(x_TD, weight, gpu, depth_minor=depth_minor)
+    blocks = blocks or tuned.choose(
+        "grouped_matmul",
+        chip,
+        tuned.product_key(x_TD, weight, innermost="D" if depth_minor else "F"),
+        Blocks,
+        lambda blocks: check_blocks(blocks, weight, gpu, depth_minor=depth_minor),
+        lambda: block_sizes(x_TD, weight, gpu, depth_minor=depth_minor),
+    )
     x, scale_T1 = activations(x_TD, weight) if isinstance(weight, Quantized) else (x_TD, None)
     dtype = x_TD.dtype if scale_T1 is None else jnp.float32
     unit = UNITS[gpu.capability[0]]

@@ -84,7 +84,7 @@ def compile_case(case: cases.Case, chip: str) -> dict:
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles_in_place(chip):
+def test_compiles_in_place(chip, kernel_ran):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     environment = {**os.environ, **ENVIRONMENT}
     command = [sys.executable, "-m", "tests.compile.test_kernels_tpu", chip]
@@ -95,6 +95,8 @@ def test_compiles_in_place(chip):
     reports = json.loads(done.stdout)
     assert set(reports) == set(NAMES)
     for name, report in reports.items():
+        for op in ("paged_attention", "write_pages"):
+            kernel_ran(op, "mosaic_tpu", cases.REAL[name].stored, chip)
         assert report["copies"] == [], name
         assert report["aliased"] == report["pool"], name
 

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.configs import find_chip
+from jaxinfer.kernels import cases
+from jaxinfer.kernels.cases import Product
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.grouped_matmul_gpu import Blocks, block_sizes, grouped_matmul, multiplied
 from jaxinfer.kernels.quantized import FORMATS, quantize
-from tests.kernels.groups import GROUPS, check
+from tests.kernels.groups import check
 
 # Few tokens for each expert, and so many that large tiles are chosen.
-CASES = [*GROUPS.values(), [300, 0, 1, 90, 512], [0, 700]]
+GROUPS = [*cases.GROUPS.values(), (300, 0, 1, 90, 512), (0, 700)]
 D, F = 512, 384
 
 
@@ -29,7 +31,7 @@ def failures(gpu: Gpu, names: tuple[str | None, ...] = (None, *FORMATS)) -> int:
     wrong = 0
     for name in names:
         for depth_minor in (False, True):
-            for groups in CASES:
+            for groups in GROUPS:
                 x = jax.ShapeDtypeStruct((sum(groups) + 5, D), jnp.bfloat16)
                 weight = jax.ShapeDtypeStruct((len(groups), D, F), jnp.bfloat16)
                 if name is not None:
@@ -42,10 +44,12 @@ def failures(gpu: Gpu, names: tuple[str | None, ...] = (None, *FORMATS)) -> int:
     return wrong
 
 
-def _good(gpu: Gpu, name: str | None, groups: list[int], blocks: Blocks, depth_minor: bool) -> bool:
+def _good(
+    gpu: Gpu, name: str | None, groups: tuple[int, ...], blocks: Blocks, depth_minor: bool
+) -> bool:
     kernel = partial(grouped_matmul, gpu=gpu, blocks=blocks, depth_minor=depth_minor)
     try:
-        check(jax.jit(kernel), groups, name, D, F)
+        check(jax.jit(kernel), Product(groups, D, F, name))
         said = "good"
     except AssertionError as error:
         said = f"WRONG: {error}"

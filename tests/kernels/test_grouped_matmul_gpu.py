@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxinfer.errors import ConfigError, ShapeError
-from jaxinfer.kernels.quantized import FORMATS, quantize
+from jaxinfer.kernels import cases
+from jaxinfer.kernels.quantized import quantize
 from jaxinfer.kernels.quantized_matmul import as_one_group
-from tests.kernels.groups import GROUPS, build, check, expected
+from tests.kernels.groups import build, check, expected
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("JAX has an interpreter for GPU kernels from 0.11 on", allow_module_level=True)
@@ -41,61 +42,41 @@ def interpreted(gpu, **options):
     )
 
 
-def check_interpreted(gpu, case, name, blocks, **options):
-    check(interpreted(gpu, blocks=blocks, **options), GROUPS[case], name, F=128)
+def check_interpreted(gpu, case, blocks, **options):
+    check(interpreted(gpu, blocks=blocks, **options), case)
     assert not gpu_callbacks.get_races().races_found
 
 
-# Every format and every kind of groups once, with two blocks of F.
-@pytest.mark.parametrize(
-    ("case", "name", "blocks"),
-    [
-        ("empty groups between", None, Blocks(64, 64, 2, 1)),
-        ("one token each", None, Blocks(64, 64, 3, 1)),
-        ("one group takes all", None, Blocks(128, 128, 2, 2)),
-        ("no tokens", None, Blocks(64, 64, 2, 1)),
-        ("many tokens", None, Blocks(64, 128, 2, 1)),
-        ("empty groups between", "fp8", Blocks(64, 64, 2, 1)),
-        ("one token each", "fp8_block", Blocks(64, 64, 2, 1)),
-        ("one group takes all", "int8", Blocks(64, 64, 2, 1)),
-        ("whole tiles", "w8a16", Blocks(64, 64, 3, 2)),
-        ("empty groups between", "w4a16", Blocks(64, 128, 2, 1)),
-        ("one group takes all", "nvfp4", Blocks(64, 64, 2, 1)),
-        ("empty groups between", "mxfp4", Blocks(64, 64, 2, 1)),
-    ],
-)
-def test_hopper_matches_float64(case, name, blocks):
-    check_interpreted(HOPPER, case, name, blocks)
+STACKS = [name for name, case in cases.SMALL_PRODUCTS.items() if not case.single]
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "blocks"),
-    [
-        ("empty groups between", None, Blocks(128, 64, 2, 1)),
-        ("many tokens", None, Blocks(128, 128, 3, 1)),
-        ("no tokens", None, Blocks(128, 64, 2, 1)),
-        ("one group takes all", "fp8", Blocks(128, 64, 2, 1, 128)),
-        ("one token each", "int8", Blocks(128, 64, 2, 1)),
-        ("empty groups between", "fp8_block", Blocks(128, 64, 2, 1)),
-        ("one group takes all", "w8a16", Blocks(128, 64, 2, 1)),
-        ("whole tiles", "w4a16", Blocks(128, 128, 2, 1)),
-        ("one group takes all", "nvfp4", Blocks(128, 64, 2, 2)),
-        ("empty groups between", "mxfp4", Blocks(128, 64, 2, 1)),
-    ],
-)
-def test_blackwell_matches_float64(case, name, blocks):
-    check_interpreted(BLACKWELL, case, name, blocks)
+@pytest.mark.parametrize("name", STACKS)
+def test_hopper_matches_float64(name, kernel_ran):
+    case, index = cases.SMALL_PRODUCTS[name], STACKS.index(name)
+    kernel_ran("grouped_matmul", "mosaic_gpu", case.format or "bfloat16", "interpreted")
+    # Small ones, so that there are several of each, and not the same for all cases.
+    blocks = Blocks(64 << (index % 5 == 0), 64, 2 + index % 2, 1 + index % 2)
+    check_interpreted(HOPPER, case, blocks)
+
+
+# Every format, and every kind of groups.
+@pytest.mark.parametrize("name", [*STACKS[::9], "none-bfloat16-384x192"])
+def test_blackwell_matches_float64(name):
+    case = cases.SMALL_PRODUCTS[name]
+    depth = 128 if case.format in ("fp8", "int8") else 64
+    check_interpreted(BLACKWELL, case, Blocks(128, 64, 2, 1, depth))
 
 
 @pytest.mark.parametrize("gpu", [HOPPER, BLACKWELL])
 @pytest.mark.parametrize("name", ["fp8", "int8", None])
 def test_weights_may_lie_with_d_innermost(name, gpu):
     blocks = Blocks(128, 64, 2, 1, 128 if name else 64)
-    check_interpreted(gpu, "empty groups between", name, blocks, depth_minor=True)
+    case = cases.Product(cases.GROUPS["gaps"], 256, 128, name)
+    check_interpreted(gpu, case, blocks, depth_minor=True)
 
 
 def test_only_what_is_multiplied_as_it_is_stored_may_lie_so():
-    x, weight, sizes = build([1], "w4a16", jnp.bfloat16, F=64)
+    x, weight, sizes = build(cases.Product((1,), 256, 64, "w4a16"), jnp.bfloat16)
     with pytest.raises(ConfigError, match="w4a16 is not multiplied as it is stored"):
         grouped_matmul(x, weight, sizes, gpu=HOPPER, depth_minor=True)
 
@@ -117,29 +98,24 @@ def test_what_is_multiplied(name, hopper, depth_minor, blackwell):
     assert multiplied(weight, BLACKWELL) == blackwell
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "w4a16"])
-def test_a_single_weight(name):
-    x, stack, _ = build([70], name, jnp.bfloat16, F=64)
-    x = x[:70]
+@pytest.mark.parametrize("name", ["fp8_block", "w4a16", "nvfp4", "mxfp4"])
+def test_a_single_weight(name, kernel_ran):
+    kernel_ran("quantized_matmul", "mosaic_gpu", name, "interpreted")
+    case = cases.Product((70,), 256, 64, name, single=True)
+    x, stack, _ = build(case, jnp.bfloat16)
+    x = x[: case.num_tokens]
     weight = jax.tree.map(lambda leaf: leaf[0], stack)
     out = as_one_group(interpreted(HOPPER), x, weight)
-    want = expected(x, stack, [70])
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
+    want = expected(x, stack, case.groups)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.2)
 
 
 @pytest.mark.parametrize("gpu", [HOPPER, BLACKWELL])
-@pytest.mark.parametrize("name", [None, *FORMATS])
-@pytest.mark.parametrize(
-    ("tokens", "E", "D", "F"),
-    [(64, 128, 2048, 768), (8192, 8, 4096, 14336), (512, 32, 2880, 2880), (4096, 64, 7168, 2048)],
-)
-def test_blocks_fit_and_divide(name, tokens, E, D, F, gpu):
-    x = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16)
-    weight = jax.ShapeDtypeStruct((E, D, F), jnp.bfloat16)
-    if name is not None:
-        if D % (FORMATS[name].rows or 1):
-            pytest.skip(f"{name} has no blocks for D = {D}")
-        weight = jax.eval_shape(lambda w: quantize(w, name), weight)
+@pytest.mark.parametrize("name", cases.REAL_PRODUCTS)
+def test_blocks_fit_and_divide(name, gpu):
+    case = cases.REAL_PRODUCTS[name]
+    x, weight, _ = cases.abstract_product(replace(case, single=False))
+    D, F = case.D, case.F
     assert refusal(x, weight, gpu) is None
     for depth_minor in (False, True):
         blocks = block_sizes(x, weight, gpu, depth_minor=depth_minor)
@@ -160,7 +136,7 @@ def test_blocks_fit_and_divide(name, tokens, E, D, F, gpu):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
 def test_chips_without_the_matrix_units_are_refused(capability):
     """Lowering for them would end the process."""
-    x, weight, _ = jax.eval_shape(partial(build, [1], None, jnp.bfloat16, F=64))
+    x, weight, _ = cases.abstract_product(cases.Product((1,), 256, 64))
     assert str(capability) in str(refusal(x, weight, replace(HOPPER, capability=capability)))
 
 
