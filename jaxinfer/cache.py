@@ -64,8 +64,20 @@ def abstract(
     return Cache((Pool(pages, pages, scales, scales),) * config.num_layers)
 
 
+def bytes_per_page(
+    config: ModelConfig, page_size: int, dtype: jnp.dtype, mesh: Mesh, ops: PageOps
+) -> int:
+    """Bytes that a page takes of each device's memory over all layers, padding included."""
+    page = abstract(config, 1, page_size, dtype, mesh)
+    return sum(
+        ops.array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        for leaf in jax.tree.leaves(page)
+    )
+
+
 def bytes_per_slot(config: ModelConfig, dtype: jnp.dtype) -> int:
-    """Bytes that one token takes over all layers, keys and values, on all devices together."""
+    """Bytes of one token's keys and values over all layers, on all devices together: the least that
+    attention must read of it.  What it takes in memory may be more: `bytes_per_page`."""
     scale_bytes = 4 if dtype.name in LARGEST else 0
     one = _width(config, dtype) * dtype.itemsize + scale_bytes
     return 2 * config.num_layers * config.num_kv_heads * one

@@ -59,6 +59,12 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         dtype.name if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
     )
 
+    page_size = planner.page_size(engine.page_size, device.platform)
+    ops = cache.operations(
+        engine.attention_backend, find_chip(device.device_kind), files.config, page_size,
+        dtype, cache_dtype, mesh,
+    )  # fmt: skip
+    logger.info("attention runs on %s: %s", ops.backend, ops.why)
     declared, places = _declare(files.config, mesh)
     sizes = planner.size(
         files.config,
@@ -66,23 +72,16 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         platform=device.platform,
         free_bytes=free_bytes(device),
         weight_bytes=_bytes_per_device(declared, places, dtype),
-        bytes_per_slot=cache.bytes_per_slot(files.config, cache_dtype)
-        // engine.tensor_parallel_size,
+        bytes_per_page=cache.bytes_per_page(files.config, page_size, cache_dtype, mesh, ops),
         dtype_bytes=dtype.itemsize,
     )
     logger.info("memory per device:\n%s", sizes.memory.table())
-    config = files.config.for_length(sizes.limits.max_seq_len)
-    ops = cache.operations(
-        engine.attention_backend, find_chip(device.device_kind), config, sizes.limits.page_size,
-        dtype, cache_dtype, mesh,
-    )  # fmt: skip
-    logger.info("attention runs on %s: %s", ops.backend, ops.why)
     tokenizer = None
     if not engine.skip_tokenizer_init:
         tokenizer = Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
     weights = _weights(files, engine, declared, places, dtype)
     return Loaded(
-        config,
+        files.config.for_length(sizes.limits.max_seq_len),
         mesh,
         dtype,
         cache_dtype,

@@ -46,6 +46,11 @@ class Sizes:
     memory: Memory
 
 
+def page_size(asked: int | None, platform: str) -> int:
+    """Token slots in a page: what the user asked for, or what suits a platform (jax's name)."""
+    return asked or PAGE_SIZES.get(platform, 32)
+
+
 def size(
     model: ModelConfig,
     engine: EngineConfig,
@@ -53,20 +58,19 @@ def size(
     platform: str,
     free_bytes: int,
     weight_bytes: int,
-    bytes_per_slot: int,
+    bytes_per_page: int,
     dtype_bytes: int,
 ) -> Sizes:
     """Fill in every limit that the user left open.
 
-    free_bytes: of each device, before the weights are there.  weight_bytes, bytes_per_slot: what
-    one device holds of the weights, and of one token's keys and values.
+    free_bytes: of each device, before the weights are there.  weight_bytes, bytes_per_page: what
+    one device holds of the weights, and of one page of the cache.
 
     Raises `ConfigError` for limits that contradict each other, `InsufficientMemoryError` if the
     weights, or a cache for one sequence, do not fit.
     """
     on_cpu = platform == "cpu"
-    page_size = engine.page_size or PAGE_SIZES.get(platform, 32)
-    bytes_per_page = page_size * bytes_per_slot
+    slots = page_size(engine.page_size, platform)
     max_batch_size = engine.max_batch_size or (32 if on_cpu else 256)
     max_num_tokens = engine.max_num_tokens or max(256 if on_cpu else 2048, max_batch_size)
     if max_num_tokens < max_batch_size:
@@ -84,7 +88,7 @@ def size(
     left = free_bytes - weight_bytes - workspace
     num_pages = engine.num_pages or _num_pages(
         left, bytes_per_page, on_cpu, engine.free_memory_fraction,
-        most=max_batch_size * -(-wanted_len // page_size) + 1,
+        most=max_batch_size * -(-wanted_len // slots) + 1,
     )  # fmt: skip
     memory = Memory(weight_bytes, workspace, max(num_pages, 0) * bytes_per_page, free_bytes)
     if left < num_pages * bytes_per_page or num_pages < 2:
@@ -93,7 +97,7 @@ def size(
             "lower num_pages, max_batch_size, max_num_tokens or max_seq_len, use a smaller dtype, "
             "or split the model with tensor_parallel_size"
         )
-    held = (num_pages - 1) * page_size
+    held = (num_pages - 1) * slots
     if engine.max_seq_len and held < engine.max_seq_len:
         raise InsufficientMemoryError(
             f"the KV cache holds {held} tokens, fewer than one sequence of max_seq_len "
@@ -104,7 +108,7 @@ def size(
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
         max_seq_len=min(wanted_len, held),
-        page_size=page_size,
+        page_size=slots,
     )
     return Sizes(limits, num_pages, memory)
 

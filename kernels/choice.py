@@ -7,12 +7,14 @@ or raises; nothing falls back in silence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxinfer.configs import Chip
@@ -25,13 +27,21 @@ from jaxinfer.kernels.write_pages import Pool
 GPU_NEEDS_JAX = (0, 11)
 
 
+def plain_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes that an array takes in memory where nothing is padded, as on CPUs and GPUs."""
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
 @dataclass(frozen=True)
 class PageOps:
     """The operations over pages of one backend, with the facts of the hardware bound in.
 
     paged_attention, write_pages: as in the modules of these names.
     why: what decided for this backend, in words.
-    row_major: pools must lie in memory in the order of their axes (see `tpu.row_major`).
+    row_major: pools must lie in memory in the order of their axes.  Where rows are shorter than a
+        TPU's lanes XLA would rather have another order, and would copy the pool before each kernel;
+        so a program must take and return its pool in this one.
+    array_bytes: bytes that a pool's array of a shape and dtype takes there, padding included.
     """
 
     backend: str
@@ -39,6 +49,7 @@ class PageOps:
     write_pages: Callable[..., Pool]
     why: str = "asked for"
     row_major: bool = False
+    array_bytes: Callable[[tuple[int, ...], Any], int] = plain_bytes
 
 
 REFERENCE = PageOps("reference", reference_attention.paged_attention, reference_write.write_pages)
@@ -58,10 +69,10 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
     if asked == "auto":
         if chip is None or not serving:
             own = None if chip is None else refusals["mosaic_gpu" if chip.gpu else "mosaic_tpu"]
-            return replace(REFERENCE, why=own or "there are kernels for TPUs and NVIDIA GPUs only")
+            return _reference(chip, own or "there are kernels for TPUs and NVIDIA GPUs only")
         return _KERNELS[serving[0]][1](chip, f"serves {chip.name}")
     if asked == "reference":
-        return REFERENCE
+        return _reference(chip, "asked for")
     if refusals[asked] is not None:
         raise ConfigError(
             f"EngineConfig.attention_backend: {asked} cannot serve here: {refusals[asked]}; what "
@@ -74,6 +85,18 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
 def refusal(backend: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
     """Why a backend cannot serve queries and a pool on a chip; None if it can."""
     return None if backend == "reference" else _KERNELS[backend][0](chip, q_TKGH, pool)
+
+
+def _reference(chip: Chip | None, why: str) -> PageOps:
+    """On a TPU with the kernels' order of axes: what a pool takes there must be known before."""
+    layout = {} if chip is None or chip.tpu is None else _tpu_layout()
+    return replace(REFERENCE, why=why, **layout)
+
+
+def _tpu_layout() -> dict[str, Any]:
+    from jaxinfer.kernels.tpu import padded_bytes
+
+    return {"row_major": True, "array_bytes": padded_bytes}
 
 
 def _refuse_tpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
@@ -92,7 +115,7 @@ def _make_tpu(chip: Chip, why: str) -> PageOps:
     facts = {"vmem_bytes": chip.tpu.vmem_bytes, "num_cores": chip.tpu.cores}
     return PageOps(
         "mosaic_tpu", partial(paged_attention, **facts, chip=chip.name),
-        partial(write_pages, **facts), why, row_major=True,
+        partial(write_pages, **facts), why, **_tpu_layout(),
     )  # fmt: skip
 
 

@@ -207,7 +207,8 @@ def _attend_single(
     end_I = jnp.minimum(begin_I + part_B[row_I], kv_len_I)
     token_I = rows.query_starts_B[row_I]
     work = jnp.stack([row_I, token_I, kv_len_I - 1, kv_len_I, begin_I, end_I], axis=1)
-    q = jnp.pad(q_TKGH, [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
+    # Rows of one token come first, and so do their tokens.
+    q = jnp.pad(q_TKGH[:B], [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
     acc, stat = body.attend(
         q, pool, rows.page_table_BM, work, count, None, problem=problem, tiling=tiling,
         unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,

@@ -142,10 +142,16 @@ def paged_attention(
             lambda: block_sizes(q_TKGH, pool, rows, vmem_bytes=vmem_bytes * 3 // 4, **facts),
         )
 
+    # Each row is in one of the calls: what all of them read is shared between these.
+    calls = 1 if sizes["B"] == sizes["T"] else 2
+    cost = _cost(q_TKGH, pool, rows, window, calls)
+
     def call(blocks: Blocks, begin, end, clear, out_TKGH):
         options = Options(blocks, scale, window, soft_cap)
         bounds = jnp.stack([jnp.int32(begin), end, clear, jnp.int32(sizes["T"])])
-        return _call(q_TKGH, pool, rows, sinks_KG, out_TKGH, bounds, options, vmem_bytes, interpret)
+        return _call(
+            q_TKGH, pool, rows, sinks_KG, out_TKGH, bounds, options, cost, vmem_bytes, interpret
+        )
 
     single = single or choose(single=True)
     if sizes["B"] == sizes["T"]:
@@ -155,7 +161,27 @@ def paged_attention(
     return call(tiles, rows.num_single, rows.num_rows, rows.num_tokens, out_TKGH)
 
 
-def _call(q_TKGH, pool, rows, sinks_KG, out_TKGH, bounds, options, vmem_bytes, interpret) -> Array:
+def _cost(q_TKGH: Array, pool: Pool, rows: Rows, window: int | None, calls: int) -> pl.CostEstimate:
+    """What one of `calls` that share the work costs if all pages are in use: those that rows can
+    see are read once, queries are read and results written."""
+    sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool, page_table_BM=rows.page_table_BM)
+    T, B, S = sizes["T"], sizes["B"], sizes["S"]
+    pages = min(sizes["P"], B * sizes["M"])
+    if window is not None:
+        pages = min(pages, B * (pl.cdiv(window, S) + 1) + T // S)
+    page_bytes = sum(padded_bytes(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(pool))
+    scores = T * sizes["K"] * sizes["G"] * pages * S // B
+    tokens = 2 * padded_bytes(q_TKGH.shape, q_TKGH.dtype)
+    return pl.CostEstimate(
+        flops=4 * scores * sizes["H"] // calls,
+        transcendentals=scores // calls,
+        bytes_accessed=(pages * page_bytes + tokens) // calls,
+    )
+
+
+def _call(
+    q_TKGH, pool, rows, sinks_KG, out_TKGH, bounds, options, cost, vmem_bytes, interpret
+) -> Array:
     """One kernel over the rows [bounds[0], bounds[1]); what it does not write is `out_TKGH`'s.
 
     The tokens [bounds[2], bounds[3]) become zero.
@@ -192,6 +218,7 @@ def _call(q_TKGH, pool, rows, sinks_KG, out_TKGH, bounds, options, vmem_bytes, i
             dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes
         ),
         input_output_aliases=aliases,
+        cost_estimate=cost,
         interpret=interpret,
         name="paged_attention_single" if blocks.queries == 1 else "paged_attention_tiles",
     )(*arguments)

@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.kernels.write_pages import LARGEST, Pool
@@ -42,15 +41,6 @@ def unsupported(chip: str, q_dtype: Any, pool: Pool) -> str | None:
     if pool.shape[2] % (2 * SUBLANES) != 0:
         return f"page_size must be a multiple of {2 * SUBLANES}, not {pool.shape[2]}"
     return None
-
-
-def row_major(array: Any, sharding: Any) -> Format:
-    """How the arrays of a pool must lie in memory: in the order of their axes.
-
-    XLA would rather have another order where rows are shorter than LANES, and would copy the pool
-    before each kernel.  So a program must take and return its pool in this format.
-    """
-    return Format(Layout(tuple(range(len(array.shape)))), sharding)
 
 
 def round_up(count: int, step: int) -> int:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.kernels.rows import Rows
-from jaxinfer.kernels.tpu import LANES, SUBLANES, in_chunks, packing, round_up
+from jaxinfer.kernels.tpu import LANES, SUBLANES, in_chunks, packing, padded_bytes, round_up
 from jaxinfer.kernels.write_pages import Pool, quantize
 from jaxinfer.shapes import dims
 
@@ -60,8 +60,7 @@ class _Core:
         if scratch.k_scale is not None:
             self.scales += [(scratch.k_scale, pool.k_scale_PKS)]
             self.scales += [(scratch.v_scale, pool.v_scale_PKS)]
-        page_size, tile = pool.k_PKSH.shape[2], SUBLANES * packing(pool.k_PKSH.dtype)
-        self.group = tile if page_size % tile == 0 else page_size
+        self.group = _group(pool)
 
     def work(self, num_runs: Array) -> None:
         """Store the runs `part`, `part + parts`, … before `num_runs`."""
@@ -173,6 +172,12 @@ class _Core:
         scale_KS[...] = jnp.where(taken, moved[:, :page_size], scale_KS[...])
 
 
+def _group(pool: Pool) -> int:
+    """Slots that are written together: those of a tile."""
+    page_size, tile = pool.k_PKSH.shape[2], SUBLANES * packing(pool.k_PKSH.dtype)
+    return tile if page_size % tile == 0 else page_size
+
+
 def _window(page_size: int) -> int:
     """Lanes that hold a page's worth of tokens, wherever in a register these begin."""
     return LANES + round_up(page_size, LANES)
@@ -216,6 +221,24 @@ def _lines(scale_TK: Array, page_size: int) -> Array:
     T, _ = scale_TK.shape
     width = round_up(T, LANES) + _window(page_size)
     return jnp.pad(scale_TK.T, [(0, 0), (0, width - T)])
+
+
+def _cost(new: Pool, pool: Pool, rows: Rows) -> pl.CostEstimate:
+    """What it costs to store as many tokens of as many rows as there can be.
+
+    n tokens that begin anywhere touch 1 + (n - 1) / group groups on average, and as many pages with
+    their size for the group's; the first and the last group of a row are read before.
+    """
+    T, K, width = new.k_PKSH.shape
+    B, S, group, dtype = len(rows.kv_lens_B), pool.shape[2], _group(pool), pool.k_PKSH.dtype
+    more = max(T - B, 0)
+    written, runs = B + more // group, B + more // S
+    groups = written + min(written, 2 * B)
+    moved = 2 * groups * padded_bytes((K, group, width), dtype)
+    if pool.k_scale_PKS is not None:  # those of a page, read and written
+        moved += 2 * 2 * runs * padded_bytes((K, S), jnp.float32)
+    moved += sum(padded_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(new))
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved)
 
 
 @partial(jax.jit, static_argnames=("vmem_bytes", "num_cores", "interpret"))
@@ -266,6 +289,7 @@ def write_pages(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=vmem_bytes
         ),
+        cost_estimate=_cost(new, pool, rows),
         input_output_aliases={first + leaf: leaf for leaf in range(leaves)},
         interpret=interpret,
         name="write_pages",

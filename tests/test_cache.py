@@ -1,12 +1,15 @@
 """Caches in every number format: what they take, and how little they change what a model says."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import LLM
-from jaxinfer.cache import bytes_per_slot, stored_dtype
+from jaxinfer import LLM, cache, shardings
+from jaxinfer.cache import stored_dtype
+from jaxinfer.checkpoint import resolve
 from jaxinfer.config import KV_CACHE_DTYPES
+from jaxinfer.configs import load_chip
 
 ENGINE = {"skip_tokenizer_init": True, "max_batch_size": 2, "max_num_tokens": 16,
           "max_seq_len": 64, "page_size": 8, "num_pages": 20}  # fmt: skip
@@ -29,11 +32,36 @@ def test_scores_stay_close(fixtures, exact, name):
     with LLM(fixtures / "llama", **ENGINE, dtype="float32", kv_cache_dtype=name) as llm:
         scores = np.array(llm.score(TEXT)[1:])
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(llm._state.cache))
-        slots = ENGINE["num_pages"] * ENGINE["page_size"]
-        assert held == slots * bytes_per_slot(llm.model_config, stored_dtype(name))
+        step, dtype = llm.step, stored_dtype(name)
+        page = cache.bytes_per_page(step.config, ENGINE["page_size"], dtype, step.mesh, step.ops)
+        assert held == ENGINE["num_pages"] * page == llm.memory.kv_cache
+        assert page == ENGINE["page_size"] * cache.bytes_per_slot(step.config, dtype)
     error = np.sqrt(np.mean((scores - exact) ** 2))
     assert error <= CLOSE[name]
     assert error > 0 or name == "float32", "the format changed nothing: was it used?"
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "one_head"),
+    [
+        # Heads are 16 wide and pages 128 slots high; a TPU's tile is 128 wide.
+        ("tpu-v6e", "bfloat16", 128 * 128 * 2),
+        ("tpu-v6e", "int8", 128 * 128 + 128 * 4),
+        ("tpu-v6e", "int4", 128 * 128 + 128 * 4),
+        ("h200", "bfloat16", 128 * 16 * 2),
+        ("h200", "int8", 128 * 16 + 128 * 4),
+        (None, "int4", 128 * 8 + 128 * 4),
+    ],
+)
+@pytest.mark.parametrize("asked", ["auto", "reference"])
+def test_pages_take_what_the_chip_pads(tiny_model, chip, name, one_head, asked):
+    config, mesh = resolve(tiny_model, "dummy").config, shardings.mesh(2)
+    shapes = 128, cache.stored_dtype(name), mesh
+    ops = cache.operations(
+        asked, chip and load_chip(chip), config, 128, jnp.dtype("bfloat16"), shapes[1], mesh
+    )
+    per_device = 2 * config.num_layers * config.num_kv_heads // 2
+    assert cache.bytes_per_page(config, *shapes, ops) == per_device * one_head
 
 
 def test_a_quantized_cache_is_split_like_a_plain_one(tiny_model):

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "stop": "",
     "configs": "config",
     "hardware": "errors",
-    "aot": "checkpoint options step",
+    "aot": "checkpoint options planner step work",
     "kernels": "configs shapes",
     "shardings": "shapes config",
     "cache": "config kernels shardings",
@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "saving": "config",
     "distribution": "",
     "sampling": "distribution request shapes",
+    "work": "step",
     "batch": "kernels sampling scheduler",
     "step": "batch models",
     "checkpoint": "configs models saving",
@@ -69,7 +70,7 @@ MAY_IMPORT = {
     "tasks": "request",
     "options": "config",
     "__main__": "llm options tasks",
-    "bench": "export llm options",
+    "bench": "export llm options work",
     "demo": "",
 }
 HOST_MODULES = ("errors", "shapes", "config", "request", "pages", "scheduler", "tokenizer")

@@ -4,7 +4,7 @@ import pytest
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.errors import InsufficientMemoryError
-from jaxinfer.planner import CPU_CACHE_CAP, GIB, Memory, size
+from jaxinfer.planner import CPU_CACHE_CAP, GIB, Memory, page_size, size
 
 MODEL = ModelConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
@@ -14,9 +14,10 @@ SLOT = 2**14  # bytes of one token's keys and values
 
 
 def plan(*, platform="gpu", free=8 * GIB, weights=GIB, slot=SLOT, model=MODEL, **engine):
+    engine = EngineConfig(**engine)
     return size(
-        model, EngineConfig(**engine), platform=platform, free_bytes=free, weight_bytes=weights,
-        bytes_per_slot=slot, dtype_bytes=2,
+        model, engine, platform=platform, free_bytes=free, weight_bytes=weights,
+        bytes_per_page=page_size(engine.page_size, platform) * slot, dtype_bytes=2,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ For several devices the arguments say how they are split, over a mesh of no devi
     mesh = jax.sharding.AbstractMesh((4,), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     compile_for("h200:4", function, jax.ShapeDtypeStruct((64, 128), jnp.bfloat16, sharding=split))
+
+In place of a sharding there may be a `jax.experimental.layout.Format`, of a layout and a sharding.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.aot import isolate
@@ -38,6 +41,7 @@ def compile_for(
     function: Callable[..., Any],
     *args: Any,
     donate_argnums: int | Sequence[int] = (),
+    out_shardings: Any = None,
     unknown_trips: int = 1,
     options: Mapping[str, Any] | None = None,
     timeout: float | None = 600,
@@ -46,7 +50,7 @@ def compile_for(
 
     function: at the top level of a module, jitted or not, or a `functools.partial` of one.
     args: trees of `jax.ShapeDtypeStruct`s (or arrays, of which only shapes and dtypes count).
-    donate_argnums: of a function that is not jitted yet.
+    donate_argnums, out_shardings: of a function that is not jitted yet, as `jax.jit` takes them.
     unknown_trips: turns that loops count whose number depends on data.
     options: for XLA, as `lowered.compile(compiler_options=…)` takes them.  timeout: seconds.
 
@@ -55,8 +59,8 @@ def compile_for(
     that the compiler refuses, with its own words.
     """
     where = targets.parse(target)
-    args = jax.tree.map(_abstract, args)
-    job = (where, function, args, donate_argnums, unknown_trips, options)
+    args, results = jax.tree.map(_abstract, args), jax.tree.map(_no_devices, out_shardings)
+    job = (where, function, args, donate_argnums, results, unknown_trips, options)
     report, said = isolate.run(compile_here, *job, timeout=timeout)
     return dataclasses.replace(report, warnings=warnings_in(said))
 
@@ -72,6 +76,7 @@ def compile_here(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     donate_argnums: int | Sequence[int],
+    out_shardings: Any,
     unknown_trips: int,
     options: Mapping[str, Any] | None,
 ) -> Report:
@@ -79,8 +84,9 @@ def compile_here(
     devices = targets.devices(target)
     mesh = _mesh(args, devices)
     args = jax.tree.map(lambda leaf: _placed(leaf, mesh), args)
+    results = jax.tree.map(lambda sharding: _on(sharding, mesh), out_shardings)
     jitted = function if hasattr(function, "lower") else jax.jit(
-        function, donate_argnums=donate_argnums
+        function, donate_argnums=donate_argnums, out_shardings=results
     )  # fmt: skip
     with jax.set_mesh(mesh):
         started = time.perf_counter()
@@ -136,12 +142,30 @@ def _abstract(leaf: Any) -> Any:
     """A leaf without its memory, and without devices that another process does not know."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return leaf  # a Python number
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh.abstract_mesh, sharding.spec)
-    else:
-        sharding = None
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    given = leaf.format if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_no_devices(given))
+
+
+def _no_devices(given: Any) -> Any:
+    """A sharding, or a format with one, over its mesh without devices; None if it has no mesh."""
+    sharding = given.sharding if isinstance(given, Format) else given
+    if not isinstance(sharding, NamedSharding):
+        if isinstance(given, Format) and given.layout is not None:
+            raise ConfigError(
+                "a layout needs a NamedSharding over a jax.sharding.AbstractMesh beside it, not "
+                f"{sharding}"
+            )
+        return None
+    sharding = NamedSharding(sharding.mesh.abstract_mesh, sharding.spec)
+    return Format(given.layout, sharding) if isinstance(given, Format) else sharding
+
+
+def _on(given: Any, mesh: Mesh) -> Any:
+    """The same over a mesh of devices; whole on each of them if there was none."""
+    sharding = given.sharding if isinstance(given, Format) else given
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    sharding = NamedSharding(mesh, spec)
+    return Format(given.layout, sharding) if isinstance(given, Format) else sharding
 
 
 def _mesh(args: Any, devices: list[Any]) -> Mesh:
@@ -164,5 +188,4 @@ def _mesh(args: Any, devices: list[Any]) -> Mesh:
 def _placed(leaf: Any, mesh: Mesh) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
-    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_on(leaf.format, mesh))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxinfer.aot import isolate
 from jaxinfer.aot import target as targets
 from jaxinfer.aot.report import Report
-from jaxinfer.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, ModelConfig
+from jaxinfer.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError, InsufficientMemoryError
+from jaxinfer.planner import page_size
+from jaxinfer.work import Work, device_bytes
 
 if TYPE_CHECKING:
     from jaxinfer.step import Step
@@ -29,7 +34,7 @@ class Workload:
     dtype: number format of weights and activations; "auto": the checkpoint's.
     kv_cache_dtype: of the cache; "auto": `dtype`.
     tensor_parallel_size: devices that each layer is split over.
-    page_size: token slots in a page of the cache.
+    page_size: token slots in a page of the cache; None: as the engine has it on that chip.
     attention_backend: as `EngineConfig.attention_backend`.
     """
 
@@ -40,7 +45,7 @@ class Workload:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     tensor_parallel_size: int = 1
-    page_size: int = 32
+    page_size: int | None = None
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,9 +92,8 @@ class Estimate:
     programs: by name; one that the compiler found too large is in `refused` with its words.
     weights, kv_cache: as laid out there.  needed: with both, what the largest step takes beside
     them and the programs themselves (None if one was refused).  available: the device's memory.
-    decode, prefill: bounds that no implementation can beat: weights and each row's keys and values
-    read once, padding and activations nothing.  compiled_decode: the same with the bytes that
-    these programs move.
+    decode, prefill: bounds that no implementation can beat: see `Work`.  compiled_decode: the same
+    with the bytes that these programs move.
     """
 
     target: str
@@ -189,11 +193,12 @@ def abstract_engine(
             f"context and prefill may not exceed the model's {config.max_position_embeddings} "
             f"positions, got {longest}"
         )
+    platform = "cpu" if chip is None else "tpu" if chip.tpu else "gpu"
     limits = Limits(
         max_batch_size=workload.batch,
         max_num_tokens=max(workload.batch, workload.prefill or 0),
         max_seq_len=workload.context,
-        page_size=workload.page_size,
+        page_size=page_size(workload.page_size, platform),
     )
     buckets = Buckets((limits.max_num_tokens,), (workload.batch,), max_rows=workload.batch)
     dtype = jnp.dtype(config.dtype if workload.dtype == "auto" else workload.dtype)
@@ -228,11 +233,17 @@ def _estimate(
     programs: dict[str, Report],
     refused: dict[str, str],
 ) -> Estimate:
+    from jaxinfer import cache
+
     sizes = {name: size for one in programs.values() for name, size in one.arguments}
     weight_bytes = sum(size for name, size in sizes.items() if name.startswith("weights"))
     cache_bytes = sum(size for name, size in sizes.items() if name.startswith("state.cache"))
-    if refused:  # then the compiler did not say, and this is without padding
-        weight_bytes, cache_bytes = _bytes(weights), _bytes(step.abstract_state.cache)
+    if refused:  # then the compiler did not say, and the weights are without padding
+        pages, stored = step.abstract_state.cache.pools[0].shape[0], step.abstract_state.cache
+        weight_bytes = device_bytes(weights)
+        cache_bytes = pages * cache.bytes_per_page(
+            step.config, step.limits.page_size, stored.pools[0].k_PKSH.dtype, step.mesh, step.ops
+        )
     needed = None
     if not refused:
         beside = (
@@ -243,7 +254,8 @@ def _estimate(
         )
         code = sum(one.memory.code for one in programs.values())
         needed = weight_bytes + cache_bytes + max(beside) + code
-    bounds = _Bounds(target, workload, step, weights)
+    bound = partial(_bound, target.chip, step, weights)
+    decode = _decode_step(workload)
     moved = [programs[name].hbm_bytes for name in ("decode", "head") if name in programs]
     return Estimate(
         target=target.text,
@@ -255,80 +267,41 @@ def _estimate(
         kv_cache=cache_bytes,
         needed=needed,
         available=target.memory_bytes,
-        decode=bounds.decode(),
-        compiled_decode=bounds.decode(sum(moved)) if len(moved) == 2 else None,
-        prefill=bounds.prefill(workload.prefill) if workload.prefill else None,
+        decode=bound(decode),
+        compiled_decode=bound(decode, sum(moved)) if len(moved) == 2 else None,
+        prefill=bound(_prefill_step(workload)) if workload.prefill else None,
     )
 
 
-def _bytes(tree: Any) -> int:
-    """Of a tree's arrays, on one device, without padding."""
-    import jax
-    import numpy as np
-
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+def _bound(
+    chip: Chip,
+    step: Step,
+    weights: dict[str, Any],
+    tokens: tuple[np.ndarray, np.ndarray, int],
+    moved: int | None = None,
+) -> Bound:
+    """Of a step with these tokens (what `Work.add` takes); moved: its bytes, if known better."""
+    work = Work(step, weights)
+    work.add(*tokens)
+    moved = int(work.bytes) if moved is None else moved
+    peak = chip.flops.get(step.dtype.name)
+    return Bound(
+        tokens=int(tokens[1].sum()),
+        hbm_bytes=moved,
+        flops=work.flops,
+        byte_seconds=moved * chip.devices_per_chip / chip.bytes_per_second,
+        flop_seconds=None if peak is None else work.flops * chip.devices_per_chip / peak,
     )
 
 
-class _Bounds:
-    """The least bytes and operations of a step, on each device."""
-
-    def __init__(
-        self, target: targets.Target, workload: Workload, step: Step, weights: dict[str, Any]
-    ):
-        config, chip, self.devices = step.config, target.chip, workload.tensor_parallel_size
-        head = weights.get("head_VD", weights["embed_VD"])
-        self.workload, self.config, self.layers = workload, config, weights["layers"]
-        self.head_bytes = _bytes(head)
-        self.layer_bytes = _bytes(weights["layers"])
-        # Of one token and layer, keys and values.
-        slots = workload.batch * step.limits.pages_per_row + 1
-        pool = _bytes(step.abstract_state.cache)
-        self.slot_bytes = pool / (slots * workload.page_size * config.num_layers)
-        self.bytes_per_second = chip.bytes_per_second / chip.devices_per_chip
-        peak = chip.flops.get(step.dtype.name)
-        self.flops_per_second = None if peak is None else peak / chip.devices_per_chip
-
-    def decode(self, moved: int | None = None) -> Bound:
-        """Of a decode step; moved: bytes, if they are known better."""
-        rows, context = self.workload.batch, self.workload.context
-        seen = [_seen(self.config, layer, context) for layer in range(self.config.num_layers)]
-        least = self.layer_bytes + self.head_bytes + rows * sum(seen) * self.slot_bytes
-        return self._bound(rows, rows, rows * sum(seen), moved or int(least))
-
-    def prefill(self, tokens: int) -> Bound:
-        """Of a step over the first tokens of prompts of `context` tokens, or of one shorter."""
-        length = min(tokens, self.workload.context)
-        rows = tokens / length
-        pairs = 0
-        for layer in range(self.config.num_layers):
-            window = _seen(self.config, layer, length)
-            pairs += window * (window + 1) // 2 + (length - window) * window
-        written = tokens * self.config.num_layers * self.slot_bytes
-        least = self.layer_bytes + self.head_bytes + written
-        return self._bound(tokens, rows, rows * pairs, int(least))
-
-    def _bound(self, tokens: int, selected: float, pairs: float, moved: int) -> Bound:
-        parameters = 2 * (self.layer_count * tokens + self.head_count * selected)
-        attention = 4 * self.config.num_heads * self.config.head_dim * pairs
-        flops = (parameters + attention) / self.devices
-        seconds = None if self.flops_per_second is None else flops / self.flops_per_second
-        return Bound(tokens, moved, flops, moved / self.bytes_per_second, seconds)
-
-    @property
-    def layer_count(self) -> int:
-        import jax
-
-        return sum(leaf.size for leaf in jax.tree.leaves(self.layers))
-
-    @property
-    def head_count(self) -> int:
-        return self.config.vocab_size * self.config.hidden_size
+def _decode_step(workload: Workload) -> tuple[np.ndarray, np.ndarray, int]:
+    """A step in which every request decodes the last token of its context."""
+    ones_B = np.ones(workload.batch, np.int64)
+    return ones_B * (workload.context - 1), ones_B, workload.batch
 
 
-def _seen(config: ModelConfig, layer: int, context: int) -> int:
-    """Positions that a token at the end of a context attends to."""
-    window = config.window(layer)
-    return context if window is None else min(context, window)
+def _prefill_step(workload: Workload) -> tuple[np.ndarray, np.ndarray, int]:
+    """A step over whole prompts of `context` tokens, the last one as long as fits."""
+    whole, rest = divmod(workload.prefill or 0, workload.context)
+    lens = [workload.context] * whole + [rest] * (rest > 0)
+    return np.zeros(len(lens), np.int64), np.array(lens), len(lens)

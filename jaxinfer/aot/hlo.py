@@ -144,16 +144,18 @@ class Module:
     entry: Computation
     aliases: tuple[int, ...]
 
-    def executed(self) -> Iterator[tuple[int, Instruction]]:
-        """Every instruction that runs as a unit (not those inside a fusion), with how often.
+    def executed(self) -> Iterator[tuple[int, Computation, Instruction]]:
+        """Every instruction that runs as a unit (not those inside a fusion): how often, and where.
 
         A loop whose number of turns is unknown counts one; a conditional counts all its branches.
         """
         return self._executed(self.entry, 1)
 
-    def _executed(self, computation: Computation, times: int) -> Iterator[tuple[int, Instruction]]:
+    def _executed(
+        self, computation: Computation, times: int
+    ) -> Iterator[tuple[int, Computation, Instruction]]:
         for one in computation.instructions.values():
-            yield times, one
+            yield times, computation, one
             if one.opcode == "while":
                 turns = trip_count(self, computation, one) or 1
                 for name in (one.called("body"), one.called("condition")):
@@ -161,7 +163,7 @@ class Module:
             elif one.opcode == "conditional":
                 for name in one.branches:
                     yield from self._executed(self.computations[name], times)
-            elif one.opcode == "call" and (name := one.called("to_apply")):
+            elif one.opcode in ("call", "call-start") and (name := one.called("to_apply")):
                 yield from self._executed(self.computations[name], times)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.aot.hlo import Instruction, Module, Shape, parse
-from jaxinfer.aot.traffic import FREE_TARGETS, traffic
+from jaxinfer.aot.traffic import FREE, FREE_TARGETS, kernel_traffic, traffic
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -21,6 +21,8 @@ COPYING = frozenset({"parameter", "copy", "transpose", "bitcast", "reshape", "tu
 # Custom calls that are Pallas kernels: Mosaic for TPU, Mosaic GPU.
 KERNELS = re.compile(r"tpu_custom_call|mosaic_gpu", re.IGNORECASE)
 CALLBACKS = re.compile(r"callback", re.IGNORECASE)
+# Their results are made by what they call.
+BY_OTHERS = frozenset({"while", "conditional", "call", "call-done"})
 HOST_TRANSFERS = ("infeed", "outfeed", "send", "recv")
 
 
@@ -62,10 +64,12 @@ class Report:
 
     arguments: name and bytes of each, in order.  aliased: names of those whose memory a result
     takes over.  donated: how many were given for that.
-    hbm_bytes: read and written in main memory, see `traffic.traffic`.
+    hbm_bytes: read and written in main memory, see `traffic.traffic`.  kernel_bytes: of these, by
+    Pallas kernels.
     unknown_loops: loops whose number of turns depends on data; they count as asked for.
     collectives: asynchronous ones count once.
     copies: whole arrays from main memory to main memory, transposed or not.
+    largest: of each number format, bytes of the largest array that is made in main memory.
     kernels: targets of custom calls that are Pallas kernels, and how often they run; custom_calls:
     of all others.
     host_callbacks: what waits for the host, by name.  f64: instructions with 64-bit floats.
@@ -81,9 +85,11 @@ class Report:
     aliased: tuple[str, ...] = dataclasses.field(repr=False)
     donated: int
     hbm_bytes: int
+    kernel_bytes: int
     unknown_loops: int
     collectives: tuple[Moved, ...]
     copies: tuple[Moved, ...]
+    largest: dict[str, int]
     kernels: dict[str, int]
     custom_calls: dict[str, int]
     host_callbacks: tuple[str, ...]
@@ -120,15 +126,23 @@ def read(text: str, unknown_trips: int = 1) -> dict[str, Any]:
     parameters = module.entry.parameters
     collectives, copies = Counter[tuple[str, Shape]](), Counter[tuple[str, Shape]]()
     kernels, others, callbacks = Counter[str](), Counter[str](), Counter[str]()
-    for times, one in module.executed():
+    kernel_bytes, largest = 0, dict[str, int]()
+    for times, computation, one in module.executed():
+        if one.opcode not in FREE | BY_OTHERS and not one.opcode.endswith("-start"):
+            for shape in one.shapes:
+                if shape.space == 0:
+                    largest[shape.dtype] = max(largest.get(shape.dtype, 0), shape.bytes)
         if kind := _collective(one):
             for shape in _exchanged(module, one):
                 collectives[kind, shape] += times
         elif shape := _copied(module, one):
             copies["copy", shape] += times
         elif one.target and one.target not in FREE_TARGETS:
-            kinds = kernels if KERNELS.search(one.target) else others
-            kinds[one.target] += times
+            is_kernel = KERNELS.search(one.target) is not None
+            (kernels if is_kernel else others)[one.target] += times
+            if is_kernel:
+                operands = [computation.instructions[name] for name in one.operands]
+                kernel_bytes += times * kernel_traffic(one, operands)
             if CALLBACKS.search(one.target):
                 callbacks[one.target] += times
         elif one.opcode in HOST_TRANSFERS and "is_host_transfer=false" not in one.rest:
@@ -143,9 +157,11 @@ def read(text: str, unknown_trips: int = 1) -> dict[str, Any]:
         "arguments": tuple((one.label, one.bytes) for one in parameters),
         "aliased": tuple(parameters[number].label for number in module.aliases),
         "hbm_bytes": moved.bytes,
+        "kernel_bytes": kernel_bytes,
         "unknown_loops": moved.unknown_loops,
         "collectives": _listed(collectives),
         "copies": _listed(copies),
+        "largest": largest,
         "kernels": dict(kernels),
         "custom_calls": dict(others),
         "host_callbacks": tuple(callbacks),

@@ -15,13 +15,17 @@ from jaxinfer.aot.hlo import Computation, Instruction, Module, trip_count
 # They move nothing: names for memory, or the other half of what was counted already.
 FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
-    "partition-id", "replica-id", "add-dependency", "domain",
+    "partition-id", "replica-id", "add-dependency", "domain", "call-update",
 })  # fmt: skip
 # Calls that the TPU compiler puts into the text as annotations.
 FREE_TARGETS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding",
     "SPMDFullToShardShape", "SPMDShardToFullShape",
 })  # fmt: skip
+# The second one is asynchronous, as on a TPU's other cores.
+CALLS = ("call", "call-start")
+# Other halves of what was counted already.
+HALVES = ("-done", "-update")
 SLICES = ("slice", "dynamic-slice", "gather")
 UPDATES = ("dynamic-update-slice", "scatter")
 
@@ -71,7 +75,7 @@ class _Counter:
                 counts.append((self.named(name), self.unknown_loops))
             cheapest, self.unknown_loops = min(counts)
             return cheapest
-        if one.opcode == "call":
+        if one.opcode in CALLS:
             return self.named(one.called("to_apply"))
         operands = [computation.instructions[name] for name in one.operands]
         if one.opcode.endswith("-done"):
@@ -80,8 +84,10 @@ class _Counter:
         if inner is not None:
             return self.fusion(self.module.computations[inner], operands)
         if one.target:
-            return kernel_bytes(one, operands)
+            return kernel_traffic(one, operands)
         if one.opcode.endswith("-start"):  # what it writes is counted at its other half
+            if one.opcode.removesuffix("-start") in SLICES:
+                return min(_result_size(one), operands[0].bytes)
             return sum(operand.bytes for operand in operands)
         if one.opcode in SLICES:
             return one.bytes * 2 + sum(operand.bytes for operand in operands[1:])
@@ -93,7 +99,7 @@ class _Counter:
         return self.computation(self.module.computations[name or ""])
 
     def done(self, one: Instruction, start: Instruction) -> int:
-        if start.called("calls") or start.opcode.endswith("-done"):
+        if start.called("calls") or start.opcode in CALLS or start.opcode.endswith(HALVES):
             return 0
         return one.bytes
 
@@ -148,6 +154,11 @@ def _size(one: Instruction) -> int:
     return sum(shape.bytes for shape in one.shapes)
 
 
+def _result_size(one: Instruction) -> int:
+    """Size of what an asynchronous instruction returns: its shapes are the operands' first."""
+    return one.shapes[len(one.operands)].bytes
+
+
 def _update_bytes(one: Instruction, operands: list[Instruction]) -> int:
     """Size of what an update or a scatter writes into its first operand."""
     count = len(one.shapes)
@@ -156,7 +167,7 @@ def _update_bytes(one: Instruction, operands: list[Instruction]) -> int:
     return sum(_size(part) for part in parts)
 
 
-def kernel_bytes(one: Instruction, operands: list[Instruction]) -> int:
+def kernel_traffic(one: Instruction, operands: list[Instruction]) -> int:
     """What a custom call moves."""
     if said := estimate(one).get("bytes_accessed"):
         return int(said)

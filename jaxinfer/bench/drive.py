@@ -52,7 +52,7 @@ class StepLog:
         seconds, self._last = now - self._last, now
         padding = self._llm.step.buckets.num_tokens(plan.num_tokens) - plan.num_tokens
         if self._work is not None:
-            self._work.add(plan)
+            self._work.add(plan.starts_B, plan.lens_B, len(plan.selected_B))
         if self._file is not None:
             scheduler = self._llm.scheduler
             record = {

@@ -106,11 +106,12 @@ def _run(
     file: Any,
 ) -> dict[str, Any]:
     from jaxinfer.bench import roofline
+    from jaxinfer.work import Work
 
     drive.warm_up(llm, data.items, args.warmup, rng)
     device, devices = llm.step.mesh.devices.flat[0], llm.step.mesh.devices.size
     limits = roofline.peaks(device, str(llm.step.dtype))
-    work = roofline.Work(llm)
+    work = Work(llm.step, llm._weights)
     log = drive.StepLog(llm, file, work)
     arrive = drive.arrivals(len(data.items), request_rate, rng)
     preemptions = llm.stats()["preemptions"]

@@ -77,6 +77,7 @@ def test_the_report_names_collectives_and_aliases():
     assert found["aliased"] == ("state['pool']",)
     assert found["arguments"] == (("state['pool']", 8 * 128 * 4), ("x", ARRAY))
     assert found["copies"] == ()  # of a scalar only
+    assert found["largest"] == {"s32": SCALAR, "f32": ARRAY, "pred": 512}
 
 
 def test_a_loop_over_data_counts_as_often_as_told():
@@ -132,6 +133,44 @@ def test_a_prefetch_to_the_chip_is_read_once():
         )
     )
     assert found.bytes == 3 * ARRAY  # w on its way to the chip, x, and the sum
+
+
+def test_a_slice_on_its_way_to_the_chip_reads_what_it_returns():
+    found = traffic(
+        parse(
+            entry("""\
+  %w = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %start = ((f32[64,128]{1,0:T(8,128)}), f32[16,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:16], [0:128]}
+  %done = f32[16,128]{1,0:T(8,128)S(1)} slice-done(%start)
+  ROOT %sum = f32[16,128]{1,0:T(8,128)S(1)} sine(%done)
+""")  # noqa: E501
+        )
+    )
+    assert found.bytes == ARRAY // 4
+
+
+def test_what_another_core_gathers_is_what_is_returned():
+    found = traffic(
+        parse(
+            entry(
+                """\
+  %table = bf16[50000,64]{1,0} parameter(0)
+  %ids = s32[4]{0} parameter(1)
+  %s = ((bf16[50000,64]{1,0}, s32[4]{0}), bf16[4,64]{1,0}, u32[]{:S(8)}) call-start(%table, %ids), to_apply=%elsewhere
+  %u = ((bf16[50000,64]{1,0}, s32[4]{0}), bf16[4,64]{1,0}, u32[]{:S(8)}) call-update(%s)
+  ROOT %rows = bf16[4,64]{1,0} call-done(%u)
+""",  # noqa: E501
+                """\
+%elsewhere (a: bf16[50000,64], b: s32[4]) -> bf16[4,64] {
+  %a = bf16[50000,64]{1,0} parameter(0)
+  %b = s32[4]{0} parameter(1)
+  ROOT %c = bf16[4,64]{1,0} gather(%a, %b), offset_dims={1}
+}, execution_thread="sparsecore"
+""",
+            )
+        )
+    )
+    assert found.bytes == 2 * (4 * 64 * 2) + 4 * 4
 
 
 IN_PLACE = """\
@@ -215,7 +254,9 @@ def test_a_kernel_costs_what_it_says_or_its_arrays_once(attributes, size):
   ROOT %k = f32[64,128]{{1,0}} custom-call(%p, %q), custom_call_target="tpu_custom_call"{attributes}
 """)
     assert traffic(parse(text)).bytes == size
-    assert read(text)["kernels"] == {"tpu_custom_call": 1}
+    found = read(text)
+    assert found["kernels"] == {"tpu_custom_call": 1}
+    assert found["kernel_bytes"] == found["hbm_bytes"] == size
 
 
 def test_copies_are_found_in_fusions_and_between_memories():

@@ -11,7 +11,14 @@ from jaxinfer import configs
 from jaxinfer.aot import Workload, compile_for, isolate, target
 from jaxinfer.aot.__main__ import main, table
 from jaxinfer.aot.compile import _refusal, warnings_in
-from jaxinfer.aot.engine import Bound, Estimate, _Bounds, abstract_engine
+from jaxinfer.aot.engine import (
+    Bound,
+    Estimate,
+    _bound,
+    _decode_step,
+    _prefill_step,
+    abstract_engine,
+)
 from jaxinfer.errors import CompileError, ConfigError, InsufficientMemoryError, ToolchainError
 
 
@@ -155,30 +162,37 @@ def test_bounds_are_the_slower_of_two():
     assert Bound(64, 8, 9, 0.5, None).seconds == 0.5
 
 
-def bounds(where, **workload):
+def bound(kind, where, **workload):
     workload = Workload(**workload)
     step, weights, _ = abstract_engine(jax.devices(), workload)
-    return _Bounds(target.parse(where), workload, step, weights)
+    return _bound(target.parse(where).chip, step, weights, kind(workload))
 
 
 def test_the_bound_of_a_decode_step():
     """Llama 3.1 8B in bfloat16 on one H200 reads 15.0 GB a token: 320 tokens/s."""
-    alone = bounds("h200:1", model="llama-3.1-8b", batch=1, context=1).decode()
+    alone = bound(_decode_step, "h200:1", model="llama-3.1-8b", batch=1, context=1)
     assert alone.tokens_per_second == pytest.approx(320, rel=0.005)
     # Keys and values: 32 layers, 8 heads, 128 wide, 2 bytes, twice.
-    many = bounds("h200:1", model="llama-3.1-8b", batch=64, context=1024).decode()
+    many = bound(_decode_step, "h200:1", model="llama-3.1-8b", batch=64, context=1024)
     kept = 64 * 1024 * 2 * 32 * 8 * 128 * 2
     assert many.hbm_bytes == pytest.approx(alone.hbm_bytes + kept, rel=1e-3)
-    split = bounds("h200:2", model="llama-3.1-8b", batch=64, context=1024, tensor_parallel_size=2)
-    assert split.decode().hbm_bytes == pytest.approx(many.hbm_bytes / 2, rel=1e-2)
-    assert split.decode().flops == many.flops / 2
+    split = bound(
+        _decode_step, "h200:2", model="llama-3.1-8b", batch=64, context=1024, tensor_parallel_size=2
+    )
+    assert split.hbm_bytes == pytest.approx(many.hbm_bytes / 2, rel=1e-2)
+    assert split.flops == many.flops / 2
 
 
 def test_a_quantised_cache_is_counted_with_its_scales():
     alone, many = (
-        bounds(
-            "h200:1", model="llama-3.1-8b", batch=rows, context=tokens, kv_cache_dtype="int4"
-        ).decode()
+        bound(
+            _decode_step,
+            "h200:1",
+            model="llama-3.1-8b",
+            batch=rows,
+            context=tokens,
+            kv_cache_dtype="int4",
+        )
         for rows, tokens in ((1, 1), (64, 1024))
     )
     kept = 64 * 1024 * 2 * 32 * 8 * (128 // 2 + 4)
@@ -187,8 +201,7 @@ def test_a_quantised_cache_is_counted_with_its_scales():
 
 def test_the_bound_of_a_prefill_step():
     """Two operations a weight, the head's for one position, and 4 N H a pair of positions."""
-    found = bounds("h100:1", model="llama-3.1-8b", batch=1, context=4096, prefill=2048)
-    step = found.prefill(2048)
+    step = bound(_prefill_step, "h100:1", model="llama-3.1-8b", context=4096, prefill=2048)
     layers, head = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336), 128256 * 4096
     pairs = 32 * 2048 * 2049 // 2
     wanted = 2 * layers * 2048 + 2 * head + 4 * 4096 * pairs
@@ -197,8 +210,8 @@ def test_the_bound_of_a_prefill_step():
 
 
 def test_a_window_bounds_what_is_read():
-    wide = bounds("h100:1", model="mistral-7b-v0.1", batch=8, context=4096).decode()
-    twice = bounds("h100:1", model="mistral-7b-v0.1", batch=8, context=8192).decode()
+    wide = bound(_decode_step, "h100:1", model="mistral-7b-v0.1", batch=8, context=4096)
+    twice = bound(_decode_step, "h100:1", model="mistral-7b-v0.1", batch=8, context=8192)
     assert wide.hbm_bytes == pytest.approx(twice.hbm_bytes, rel=1e-3)  # its window is 4096
 
 

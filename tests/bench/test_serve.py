@@ -13,6 +13,7 @@ from jaxinfer.bench import drive, roofline
 from jaxinfer.bench.__main__ import COMMANDS, DEVELOPER_COMMANDS, main
 from jaxinfer.bench.dataset import Item
 from jaxinfer.configs import Chip
+from jaxinfer.work import Work
 
 ENGINE = {"load_format": "dummy", "max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 64,
           "page_size": 8, "num_pages": 40}  # fmt: skip
@@ -151,8 +152,8 @@ def test_first_tokens_are_timed_without_streams(tiny_model):
 
 def test_work_is_what_the_weights_and_contexts_add_up_to(tiny_model):
     with LLM(tiny_model, skip_tokenizer_init=True, **ENGINE) as llm:
-        work = roofline.Work(llm)
-        llm.observer = work.add
+        work = Work(llm.step, llm._weights)
+        llm.observer = lambda plan: work.add(plan.starts_B, plan.lens_B, len(plan.selected_B))
         llm.generate([3, 4, 5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True))
         weights, config = llm._weights, llm.model_config
         layers = sum(leaf.nbytes for leaf in jax.tree.leaves(weights["layers"]))

@@ -1,105 +1,78 @@
-"""The TPU kernels compiled for chips that are not here; needs libtpu (extra `tpu`).
+"""The TPU kernels over pages, compiled for chips that are not here.
 
 Writing and attending are one donated program, as in a layer: the pool must be updated in place, and
-nothing of its size may be copied on the way.
+nothing of its size may be copied on the way.  All cases are in one program: a process for each
+would take longer than compiling does.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from jaxinfer.aot import compile_for
 from jaxinfer.configs import load_chip
 from jaxinfer.kernels import cases
 from jaxinfer.kernels.paged_attention_tpu import paged_attention
-from jaxinfer.kernels.tpu import padded_bytes, row_major
+from jaxinfer.kernels.tpu import CHIPS, padded_bytes
 from jaxinfer.kernels.write_pages_tpu import write_pages
 
 pytestmark = pytest.mark.compile
 
-ROOT = Path(__file__).parents[2]
-# With the slice whose first device they are compiled for.
-CHIPS = {
-    "tpu-v5e": "v5e:2x4", "tpu-v6e": "v6e:2x4", "tpu-v5p": "v5p:2x2x2", "tpu7x": "tpu7x:2x2x1",
-}  # fmt: skip
 # Every format with rows of 128 lanes; shorter and longer rows, and sinks, in bfloat16.
 NAMES = [
     name
     for name in cases.REAL
     if "4 x 32k" not in name and re.match("llama-3.1-8b|llama-3.2-1b|gemma|gpt", name)
 ]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is opened but the compiler
-}
 
 
-def layer(q, k, v, pool, rows, sinks, *, vmem_bytes, num_cores, window, soft_cap):
-    hardware = {"vmem_bytes": vmem_bytes, "num_cores": num_cores}
-    pool = write_pages(pool, k, v, rows, **hardware)
-    options = {"scale": 0.1, "window": window, "soft_cap": soft_cap, "sinks_KG": sinks}
-    return paged_attention(q, pool, rows, **options, **hardware), pool
+def layers(pools, others, *, vmem_bytes, num_cores):
+    """Of each case, what attention returns and the written pool."""
+    hardware, found = {"vmem_bytes": vmem_bytes, "num_cores": num_cores}, {}
+    for name, (q, new, rows, sinks) in others.items():
+        case = cases.REAL[name]
+        pool = write_pages(pools[name], new, new, rows, **hardware)
+        options = {"window": case.window, "soft_cap": case.soft_cap, "sinks_KG": sinks}
+        found[name] = paged_attention(q, pool, rows, scale=0.1, **options, **hardware), pool
+    return found
 
 
-def compile_case(case: cases.Case, chip: str) -> dict:
-    tpu = load_chip(chip).tpu
-    device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def abstract(case):
+    """Queries, keys or values, rows and sinks of a case, and its pool."""
     q, pool, rows = cases.abstract(case)
     new = jax.ShapeDtypeStruct((case.num_tokens, case.K, case.H), q.dtype)
     sinks = jax.ShapeDtypeStruct((case.K, case.G), jnp.float32) if case.sinks else None
-
-    def placed(tree, how=lambda _: sharding):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=how(a)), tree)
-
-    function = partial(
-        layer, vmem_bytes=tpu.vmem_bytes, num_cores=tpu.cores, window=case.window,
-        soft_cap=case.soft_cap,
-    )  # fmt: skip
-    formats = jax.tree.map(lambda a: row_major(a, sharding), pool)
-    jitted = jax.jit(function, donate_argnums=3, out_shardings=(sharding, formats))
-    arguments = placed((q, new, new)), placed(pool, lambda a: row_major(a, sharding))
-    compiled = jitted.lower(*arguments[0], arguments[1], *placed((rows, sinks))).compile()
-    of_pool = [f"[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(pool)]
-    copies = [
-        line.strip()
-        for line in compiled.as_text().splitlines()
-        if re.search(r" (copy|copy-start|transpose|fusion)\(", line)
-        and any(shape in line.partition("=")[2].partition("(")[0] for shape in of_pool)
-    ]
-    return {
-        "aliased": compiled.memory_analysis().alias_size_in_bytes,
-        "pool": sum(padded_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(pool)),
-        "copies": copies,
-    }
+    return (q, new, rows, sinks), pool
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles_in_place(chip, kernel_ran):
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
-    environment = {**os.environ, **ENVIRONMENT}
-    command = [sys.executable, "-m", "tests.compile.test_kernels_tpu", chip]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False
-    )
-    assert not done.returncode, done.stderr
-    reports = json.loads(done.stdout)
-    assert set(reports) == set(NAMES)
-    for name, report in reports.items():
+def test_pools_are_written_in_place(chip, kernel_ran):
+    place = NamedSharding(AbstractMesh((1,), ("device",)), PartitionSpec())
+    others, pools = {}, {}
+    for name in NAMES:
         for op in ("paged_attention", "write_pages"):
             kernel_ran(op, "mosaic_tpu", cases.REAL[name].stored, chip)
-        assert report["copies"] == [], name
-        assert report["aliased"] == report["pool"], name
-
-
-if __name__ == "__main__":
-    print(json.dumps({name: compile_case(cases.REAL[name], sys.argv[1]) for name in NAMES}))
+        others[name], pools[name] = abstract(cases.REAL[name])
+    formats = jax.tree.map(lambda leaf: Format(Layout(tuple(range(leaf.ndim))), place), pools)
+    pools = jax.tree.map(
+        lambda leaf, how: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=how), pools, formats
+    )
+    facts = load_chip(chip).tpu
+    report = compile_for(
+        f"{chip.removeprefix('tpu-')}:1",
+        partial(layers, vmem_bytes=facts.vmem_bytes, num_cores=facts.cores),
+        pools,
+        others,
+        donate_argnums=0,
+        out_shardings={name: (place, formats[name]) for name in NAMES},
+    )
+    leaves = jax.tree.leaves(pools)
+    assert sum(report.kernels.values()) == sum(2 if "decode" in name else 3 for name in NAMES)
+    assert len(report.aliased) == report.donated == len(leaves)
+    assert report.memory.aliased == sum(padded_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
+    assert not report.copies_of(*leaves)
