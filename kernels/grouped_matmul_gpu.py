@@ -193,6 +193,7 @@ def grouped_matmul(
     if form.values.dtype != operand:
         scratch["wide_smem"] = plgpu.SMEM((blocks.depth, blocks.width), operand)
     num_blocks = gpu.multiprocessors * blocks.per_sm
+    more = -T % 8  # copies take rows by eight
 
     def body(plan, tensor_scale, x, values, scales, out, **refs):
         multiply = _Multiply(form, blocks, unit, operand, sums_dtype, depth_minor, refs)
@@ -200,7 +201,7 @@ def grouped_matmul(
 
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((T, F), dtype),
+        out_type=jax.ShapeDtypeStruct((T + more, F), dtype),
         grid=(num_blocks,),
         grid_names=("block",),
         scratch_types=scratch,
@@ -210,7 +211,8 @@ def grouped_matmul(
     scales = form.tensor_scale[:, None] if form.scales is None else form.scales
     values = form.values.swapaxes(1, 2) if depth_minor else form.values
     plan = visits(group_sizes_E, T, blocks.tokens)
-    out_TF = run(plan, form.tensor_scale, x.astype(operand), values, scales)
+    x = jnp.pad(x.astype(operand), [(0, more), (0, 0)])
+    out_TF = run(plan, form.tensor_scale, x, values, scales)[:T]
     return finish(out_TF, scale_T1, group_sizes_E).astype(x_TD.dtype)
 
 

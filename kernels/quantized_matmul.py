@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxinfer.kernels.quantized import (
     Quantized,
@@ -70,6 +70,8 @@ def activations(x_TD: Array, weight: Quantized) -> tuple[Array, Array | None]:
     x, scale = quantize_activations(x_TD, weight.format)
     if not form.rows:
         return x, scale
+    # The barrier: on GPUs, XLA leaves out the way to a narrow type and back, and so the rounding.
+    x = lax.optimization_barrier(x)
     return (x.astype(jnp.float32) * jnp.repeat(scale, form.rows, axis=1)).astype(x_TD.dtype), None
 
 
