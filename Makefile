@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed$(addprefix -jax-,$(JAX))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-compile compile-tests check link versions interpreter clean
+.PHONY: help demo test test-compile compile-tests kernel-table check link versions interpreter clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -34,6 +34,9 @@ test-compile:  ## compile for TPUs and GPUs that are not here (Linux on x86-64; 
 
 compile-tests: $(STAMP).compile
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m compile
+
+kernel-table: $(STAMP).test  ## write README's table of kernels from docs/kernels.json
+	$(BIN)/python -m tests.kernel_record
 
 check: $(STAMP).dev link  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -111,23 +111,23 @@ def load_chip(name: str) -> Chip:
     if name not in chips():
         raise ConfigError(f"there is no chip {name!r}; there are: {', '.join(chips())}")
     path = HARDWARE / f"{name}.yaml"
-    values = _read(path)
+    values = read_mapping(path)
     if len({"gpu", "tpu"} & set(values)) != 1:
         raise ConfigError(f"{path}: it must have one of gpu and tpu")
     for key, kind in (("gpu", Gpu), ("tpu", Tpu)):
         if key in values:
-            values[key] = _part(kind, values[key], f"{path}: {key}")
-    return _part(Chip, {"name": name, **values}, str(path))
+            values[key] = from_mapping(kind, values[key], f"{path}: {key}")
+    return from_mapping(Chip, {"name": name, **values}, str(path))
 
 
-def _part(kind: Any, values: Any, where: str) -> Any:
+def from_mapping(kind: Any, values: Any, where: str) -> Any:
     """A dataclass from its fields; raises `ConfigError` for unknown, missing or ill-typed ones."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of keys to values, got {values!r}")
     reject_unknown(where, values, field_names(kind), ConfigError)
     for field in dataclasses.fields(kind):
         if field.name not in values:
-            if field.default is dataclasses.MISSING:
+            if field.default is field.default_factory is dataclasses.MISSING:
                 raise ConfigError(f"{where}: {field.name} is missing")
             continue
         value, declared = values[field.name], str(field.type)
@@ -156,7 +156,7 @@ def find_model_preset(name: str) -> str | None:
     # A hub id most often ends in the preset's name: look into that file first.
     names.sort(key=lambda stem: stem != wanted.rpartition("/")[2])
     for stem in names:
-        if str(_read(MODELS / f"{stem}.yaml").get("source")).lower() == wanted:
+        if str(read_mapping(MODELS / f"{stem}.yaml").get("source")).lower() == wanted:
             return stem
     return None
 
@@ -175,7 +175,7 @@ def load_model_preset(name: str) -> ModelPreset:
 
 
 def _model_preset(path: Path) -> ModelPreset:
-    values = _read(path)
+    values = read_mapping(path)
     own = [name for name in field_names(ModelPreset) if name not in ("name", "config")]
     known = [*own, *field_names(ModelConfig)]
     reject_unknown(str(path), values, known, ConfigError)
@@ -212,7 +212,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `ConfigError`."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

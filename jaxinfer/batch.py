@@ -18,7 +18,6 @@ from jaxinfer.sampling import SamplingRows, SamplingTable
 from jaxinfer.scheduler import Limits, Plan
 from jaxinfer.shapes import Leaf
 
-
 # How many tokens a step may have before each one more costs time: until then reading the weights
 # takes longer than computing with them (FLOP/s over twice the weights that arrive in a second).
 FINEST = {"cpu": 8}

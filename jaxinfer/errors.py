@@ -38,6 +38,10 @@ class InsufficientMemoryError(JaxinferError, MemoryError):
     """The model, its KV cache or its buffers do not fit; the message has the sum by component."""
 
 
+class DeviceError(JaxinferError):
+    """A command needs an accelerator, and there is none, or another than it was told."""
+
+
 class ToolchainError(JaxinferError):
     """What compiles for a target is not installed; the message has the pip command."""
 

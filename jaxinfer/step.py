@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
 # leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "gpu": {
         "xla_gpu_enable_command_buffer": (
             "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"

@@ -64,8 +64,8 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
 
     Raises `ConfigError` if the backend that was asked for cannot serve: says why, and which can.
     """
-    refusals = {name: refuse(chip, q_TKGH, pool) for name, (refuse, _) in _KERNELS.items()}
-    serving = [name for name, refusal in refusals.items() if refusal is None]
+    refusals = {name: refusal(name, chip, q_TKGH, pool) for name in _KERNELS}
+    serving = [name for name, why in refusals.items() if why is None]
     if asked == "auto":
         if chip is None or not serving:
             own = None if chip is None else refusals["mosaic_gpu" if chip.gpu else "mosaic_tpu"]
@@ -80,6 +80,11 @@ def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
         )
     assert chip is not None
     return _KERNELS[asked][1](chip, "asked for")
+
+
+def refusal(backend: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
+    """Why a backend cannot serve queries and a pool on a chip; None if it can."""
+    return None if backend == "reference" else _KERNELS[backend][0](chip, q_TKGH, pool)
 
 
 def _reference(chip: Chip | None, why: str) -> PageOps:
@@ -109,8 +114,8 @@ def _make_tpu(chip: Chip, why: str) -> PageOps:
     assert chip.tpu is not None
     facts = {"vmem_bytes": chip.tpu.vmem_bytes, "num_cores": chip.tpu.cores}
     return PageOps(
-        "mosaic_tpu", partial(paged_attention, **facts), partial(write_pages, **facts), why,
-        **_tpu_layout(),
+        "mosaic_tpu", partial(paged_attention, **facts, chip=chip.name),
+        partial(write_pages, **facts), why, **_tpu_layout(),
     )  # fmt: skip
 
 
@@ -121,26 +126,23 @@ def _refuse_gpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
         return (
             f"the GPU kernels need jax {'.'.join(map(str, GPU_NEEDS_JAX))}, found {jax.__version__}"
         )
+    from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import why_not
 
-    return why_not(_gpu(chip), q_TKGH, pool)
+    return why_not(Gpu.of(chip), q_TKGH, pool)
 
 
 def _make_gpu(chip: Chip, why: str) -> PageOps:
+    from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import paged_attention
 
     # XLA's own scatter writes a few slots in place, at no more than their bytes.
     return PageOps(
-        "mosaic_gpu", partial(paged_attention, gpu=_gpu(chip)), REFERENCE.write_pages, why
+        "mosaic_gpu",
+        partial(paged_attention, gpu=Gpu.of(chip), chip=chip.name),
+        REFERENCE.write_pages,
+        why,
     )
-
-
-def _gpu(chip: Chip) -> Any:
-    from jaxinfer.kernels.paged_attention_gpu import Gpu
-
-    assert chip.gpu is not None
-    major, minor = chip.gpu.compute_capability.rstrip("a").split(".")
-    return Gpu((int(major), int(minor)), chip.gpu.sm_count, chip.gpu.shared_memory_per_block)
 
 
 # Of each backend with kernels: why it cannot serve (None if it can), and its operations.

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.errors import ShapeError
+from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels.grouped_matmul import Visits, finish, visits
 from jaxinfer.kernels.quantized import Quantized
 from jaxinfer.kernels.quantized_matmul import activations
@@ -54,7 +55,7 @@ def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int) -> Blocks:
     form = jax.eval_shape(stored, weight)
     for width in (1024, 512, 256, 128):
         width = min(width, F)
-        for depth in _depths(D, form):
+        for depth in block_depths(D, form):
             blocks = Blocks(tokens, depth, width)
             quick = depth * width <= MOST_NUMBERS or width <= LANES
             if quick and vmem_needed(blocks, form) <= vmem_bytes:
@@ -62,12 +63,30 @@ def block_sizes(x_TD: Any, weight: Any, *, vmem_bytes: int) -> Blocks:
     raise ShapeError(f"weight {weight.shape}: no block of it fits {vmem_bytes} bytes")
 
 
-def _depths(D: int, form: Stored) -> list[int]:
+def block_depths(D: int, form: Stored) -> list[int]:
     """Block depths that memory tiles allow, largest first."""
     unit = LANES
     if form.scales is not None and form.grouped:
         unit = form.rows * SUBLANES * 4 // form.scales.dtype.itemsize
     return [D, *(depth for depth in range(D // unit * unit, 0, -unit) if D % depth == 0)]
+
+
+def check_blocks(blocks: Blocks, weight: Any, *, vmem_bytes: int) -> None:
+    """Raise `ShapeError` unless blocks are for weights of such a shape on such a chip."""
+    _, D, F = weight.shape
+    form = jax.eval_shape(stored, weight)
+    needed = vmem_needed(blocks, form)
+    tuned.require(
+        {
+            f"tokens must be a multiple of {SUBLANES}": blocks.tokens > 0
+            and blocks.tokens % SUBLANES == 0,
+            f"depth must be one of {block_depths(D, form)}": blocks.depth in block_depths(D, form),
+            f"width must be F = {F} or a multiple of {LANES}": blocks.width == F
+            or (0 < blocks.width < F and blocks.width % LANES == 0),
+            f"{needed} bytes do not fit {vmem_bytes}": needed <= vmem_bytes,
+        },
+        blocks,
+    )
 
 
 def vmem_needed(blocks: Blocks, form: Stored) -> int:
@@ -87,16 +106,25 @@ def grouped_matmul(
     *,
     vmem_bytes: int,
     blocks: Blocks | None = None,
+    chip: str | None = None,
     fp8_products: bool = False,
     interpret: Any = False,
 ) -> Array:
     """`grouped_matmul.grouped_matmul` as a kernel.
 
     vmem_bytes: of the chip.  fp8_products: whether it multiplies fp8 (TPU7x); if not, bfloat16,
-    which holds the same numbers, is multiplied.  blocks: `block_sizes` by default.
+    which holds the same numbers, is multiplied.  blocks: by default as tuned for the chip (the name
+    of its sheet), else `block_sizes`.
     """
     sizes = dims(x_TD=x_TD, weight_EDF=weight, group_sizes_E=group_sizes_E)
-    blocks = blocks or block_sizes(x_TD, weight, vmem_bytes=vmem_bytes)
+    blocks = blocks or tuned.choose(
+        "grouped_matmul",
+        chip,
+        tuned.product_key(x_TD, weight),
+        Blocks,
+        lambda blocks: check_blocks(blocks, weight, vmem_bytes=vmem_bytes),
+        lambda: block_sizes(x_TD, weight, vmem_bytes=vmem_bytes),
+    )
     x, scale_T1 = activations(x_TD, weight) if isinstance(weight, Quantized) else (x_TD, None)
     if x.dtype == jnp.float8_e4m3fn and not fp8_products:
         x = x.astype(jnp.bfloat16)

@@ -10,7 +10,6 @@ the company it is in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -18,7 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels import paged_attention_gpu_body as body
+from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
 from jaxinfer.kernels.paged_attention_gpu_units import UNITS
 from jaxinfer.kernels.paged_attention_gpu_work import LOG2E, Problem, Tiling
@@ -30,15 +31,6 @@ from jaxinfer.shapes import dims
 SHORTEST_PART = 1024
 # Computing warpgroups; three of them were slower on H100, also where pages must be converted.
 GROUPS = 2
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Facts of a chip: compute capability, multiprocessors, bytes of shared memory of a block."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_bytes: int
 
 
 def why_not(gpu: Gpu, q_TKGH: Array, pool: Pool) -> str | None:
@@ -86,7 +78,27 @@ def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
     )
 
 
-@partial(jax.jit, static_argnames=("gpu", "scale", "window", "soft_cap"))
+def check_tiling(tiling: Tiling, gpu: Gpu, problem: Problem, *, split: bool) -> None:
+    """Raise `ShapeError` unless a tiling is for the problem on such a chip."""
+    unit = UNITS[gpu.capability[0]]
+    whole = tiling.block in (64, 128) and tiling.stages >= 2 and tiling.groups in (1, GROUPS)
+    needed = body.shared_bytes(problem, tiling, unit) if whole else 0
+    # A thread's registers hold its share of the sums and of a block's scores, both float32.
+    registers = (problem.H + tiling.block) * unit.ROWS // 128
+    tuned.require(
+        {
+            f"split must be {split}": tiling.split == split,
+            f"rows must be {unit.ROWS}": tiling.rows == unit.ROWS,
+            f"block must be 64 or 128, stages 2 or more, groups 1 or {GROUPS}": whole,
+            f"{registers} registers of a thread hold sums and scores, at most 192": registers
+            <= 192,
+            f"{needed} bytes do not fit {gpu.shared_bytes}": needed <= gpu.shared_bytes,
+        },
+        tiling,
+    )
+
+
+@partial(jax.jit, static_argnames=("gpu", "scale", "window", "soft_cap", "chip", "single", "tiles"))
 def paged_attention(
     q_TKGH: Array,
     pool: Pool,
@@ -97,8 +109,14 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_KG: Array | None = None,
+    chip: str | None = None,
+    single: Tiling | None = None,
+    tiles: Tiling | None = None,
 ) -> Array:
     """As `jaxinfer.kernels.paged_attention.paged_attention`, for arguments that `why_not` passes.
+
+    single, tiles: how rows of one token and longer ones are cut; None: as tuned for the chip (the
+    name of its sheet), else `choose_tiling` decides.
 
     scale is positive.  Weights are rounded to bfloat16 before they meet the values; over pages of
     8-bit floats queries and weights are float16, with their larger magnitudes clipped.
@@ -109,15 +127,29 @@ def paged_attention(
     T, K, G, H, S, B = (sizes[letter] for letter in "TKGHSB")
     stored = jnp.dtype(pool.k_PKSH.dtype).name
     problem = Problem(K, G, H, S, stored, scale, window, soft_cap)
+    key = tuned.pages_key("", q_TKGH, pool, window)
     if sinks_KG is not None:
         sinks_KG = sinks_KG.astype(jnp.float32) * LOG2E
     if problem.operand == "float16":
         largest = float(jnp.finfo(jnp.float16).max)
         q_TKGH = jnp.clip(q_TKGH, -largest, largest).astype(jnp.float16)
-    single_BKGH = _attend_single(q_TKGH, pool, rows, gpu, problem, sinks_KG)
+
+    def choose(split: bool) -> Tiling:
+        return tuned.choose(
+            "paged_attention",
+            chip,
+            key | {"part": "single" if split else "tiles"},
+            Tiling,
+            lambda tiling: check_tiling(tiling, gpu, problem, split=split),
+            lambda: choose_tiling(gpu, problem, split=split),
+        )
+
+    single = single or choose(split=True)
+    single_BKGH = _attend_single(q_TKGH, pool, rows, gpu, problem, single, sinks_KG)
     if B == T:
         return single_BKGH
-    many_TKGH = _attend_many(q_TKGH, pool, rows, gpu, problem, sinks_KG)
+    tiles = tiles or choose(split=False)
+    many_TKGH = _attend_many(q_TKGH, pool, rows, gpu, problem, tiles, sinks_KG)
     token_T = jnp.arange(T)
     single_TKGH = single_BKGH[jnp.minimum(token_T, B - 1)]
     token_T = token_T[:, None, None, None]
@@ -145,10 +177,15 @@ def _begin(first: Array, problem: Problem, tiling: Tiling) -> Array:
 
 
 def _attend_single(
-    q_TKGH: Array, pool: Pool, rows: Rows, gpu: Gpu, problem: Problem, sinks_KG: Array | None
+    q_TKGH: Array,
+    pool: Pool,
+    rows: Rows,
+    gpu: Gpu,
+    problem: Problem,
+    tiling: Tiling,
+    sinks_KG: Array | None,
 ) -> Array:
     """Rows of one token; the others come out as zeros: `[B, K, G, H]`."""
-    tiling = choose_tiling(gpu, problem, split=True)
     B, M = rows.page_table_BM.shape
     kv_lens_B = jnp.where(jnp.arange(B) < rows.num_single, rows.kv_lens_B, 0)
     begin_B = _begin(kv_lens_B - 1, problem, tiling)
@@ -180,10 +217,15 @@ def _attend_single(
 
 
 def _attend_many(
-    q_TKGH: Array, pool: Pool, rows: Rows, gpu: Gpu, problem: Problem, sinks_KG: Array | None
+    q_TKGH: Array,
+    pool: Pool,
+    rows: Rows,
+    gpu: Gpu,
+    problem: Problem,
+    tiling: Tiling,
+    sinks_KG: Array | None,
 ) -> Array:
     """Rows of several tokens: `[T, K, G, H]`; the other tokens' results are undefined."""
-    tiling = choose_tiling(gpu, problem, split=False)
     T, _, G, H = q_TKGH.shape
     B = rows.page_table_BM.shape[0]
     each = tiling.tokens(problem)

@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.paged_attention_gpu_units import load
+from jaxinfer.kernels.gpu import load, row_layout
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
     COMPUTE_REGISTERS,
@@ -28,18 +28,6 @@ from jaxinfer.kernels.paged_attention_gpu_work import (
 def columns_at_once(width: int) -> int:
     """Columns of a tile that are worked on at once where a whole row would take many registers."""
     return 64 if width % 64 == 0 else width
-
-
-def _row_layout(width: int) -> Any:
-    """Registers that hold eight neighbours of a row each: loads and stores of 8 and 16 bytes."""
-    columns = next(n for n in (64, 32, 16) if width % n == 0)
-    rows = 256 // columns
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((4 * rows, columns), (rows, columns), (8,))),
-        warp_dims=(-5,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
 
 
 def _over_columns(x: Array, shape: tuple[int, ...]) -> Array:
@@ -162,7 +150,7 @@ class Computer(Worker):
         step = columns_at_once(p.width)
         for at in range(0, p.width, step):
             columns = pl.ds(at, step)
-            stored = load(ref.at[:, columns], _row_layout(step))
+            stored = load(ref.at[:, columns], row_layout(step))
             if p.stored == "uint8":
                 # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
                 low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
@@ -183,8 +171,8 @@ class Computer(Worker):
         step = columns_at_once(self.p.width)
         for at in range(0, self.p.H, step):
             piece = v_ref.at[:, pl.ds(at, step)]
-            value = load(piece, layout=_row_layout(step))
-            slot = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=_row_layout(step))
+            value = load(piece, layout=row_layout(step))
+            slot = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=row_layout(step))
             piece[...] = jnp.where(slot < written, value, 0)
         plgpu.commit_smem()
 

@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.paged_attention_gpu_units import load
+from jaxinfer.kernels.gpu import load
 from jaxinfer.kernels.paged_attention_gpu_work import FLOOR
 
 # Eight rows of values over a warpgroup: two rows a warp, sixteen columns beside each other.

@@ -25,12 +25,6 @@ def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def load(ref: Any, layout: Any, *, optimized: bool = True) -> Array:
-    """What a reference holds, in registers; `optimized`: refuse to do it slowly."""
-    # JAX 0.10, which these kernels do not run with, had one argument more.
-    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
-
-
 class Wgmma:
     """Hopper (sm_90a): the products of a warpgroup, accumulated in its registers."""
 

@@ -7,6 +7,7 @@ at most two cores, heads or rows are enough to keep both busy, and the sums keep
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.errors import ShapeError
+from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels.paged_attention_tpu_body import Blocks, Options, attend, scratch
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.tpu import LANES, padded_bytes, round_up
@@ -63,6 +65,28 @@ def block_sizes(
             raise ShapeError(f"pages {pool.k_PKSH.shape}: two do not fit {vmem_bytes} bytes")
 
 
+def check_blocks(
+    blocks: Blocks, q_TKGH: Any, pool: Pool, *, single: bool, vmem_bytes: int, num_cores: int = 1
+) -> None:
+    """Raise `ShapeError` unless blocks are for arrays of these shapes and dtypes on such a chip."""
+    K = pool.shape[1]
+    whole = min(dataclasses.astuple(blocks)) >= 1
+    needed = vmem_needed(blocks, q_TKGH, pool) if whole else 0
+    tuned.require(
+        {
+            "all must be at least 1": whole,
+            "queries must be 1 for rows of one token": not single or blocks.queries == 1,
+            "queries must be a power of two": blocks.queries & (blocks.queries - 1) == 0,
+            f"heads must divide K = {K}": whole and K % blocks.heads == 0,
+            f"the cores, {num_cores}, must have equal shares": whole
+            and K // blocks.heads * blocks.parts % num_cores == 0,
+            "depth must be at least 2": blocks.depth >= 2,
+            f"{needed} bytes do not fit {vmem_bytes}": needed <= vmem_bytes,
+        },
+        blocks,
+    )
+
+
 def vmem_needed(blocks: Blocks, q_TKGH: Any, pool: Pool) -> int:
     """Bytes of vector memory that a call takes: its buffers, and scores in a few versions."""
     buffers = [
@@ -78,7 +102,8 @@ def vmem_needed(blocks: Blocks, q_TKGH: Any, pool: Pool) -> int:
 @partial(
     jax.jit,
     static_argnames=(
-        "scale", "window", "soft_cap", "vmem_bytes", "num_cores", "single", "tiles", "interpret"
+        "scale", "window", "soft_cap", "vmem_bytes", "num_cores", "chip", "single", "tiles",
+        "interpret",
     ),
 )  # fmt: skip
 def paged_attention(
@@ -92,6 +117,7 @@ def paged_attention(
     sinks_KG: Array | None = None,
     vmem_bytes: int,
     num_cores: int = 1,
+    chip: str | None = None,
     single: Blocks | None = None,
     tiles: Blocks | None = None,
     interpret: Any = False,
@@ -99,13 +125,22 @@ def paged_attention(
     """As `jaxinfer.kernels.paged_attention.paged_attention`, on TPU.
 
     vmem_bytes: vector memory that the kernel may use.  num_cores: cores that act as one device.
-    single, tiles: how rows of one token and longer ones are cut; None: `block_sizes` decides.
+    single, tiles: how rows of one token and longer ones are cut; None: as tuned for the chip (the
+    name of its sheet), else `block_sizes` decides.
     interpret: False, or a `pltpu.InterpretParams`.
     """
     sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool, page_table_BM=rows.page_table_BM)
-    choose = partial(
-        block_sizes, q_TKGH, pool, rows, vmem_bytes=vmem_bytes * 3 // 4, num_cores=num_cores
-    )
+
+    def choose(single: bool) -> Blocks:
+        facts = {"single": single, "num_cores": num_cores}
+        return tuned.choose(
+            "paged_attention",
+            chip,
+            tuned.pages_key("single" if single else "tiles", q_TKGH, pool, window),
+            Blocks,
+            lambda blocks: check_blocks(blocks, q_TKGH, pool, vmem_bytes=vmem_bytes, **facts),
+            lambda: block_sizes(q_TKGH, pool, rows, vmem_bytes=vmem_bytes * 3 // 4, **facts),
+        )
 
     # Each row is in one of the calls: what all of them read is shared between these.
     calls = 1 if sizes["B"] == sizes["T"] else 2

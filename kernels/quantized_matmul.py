@@ -7,19 +7,24 @@ a padding token holds stays in its row.
 What the compilers make of the reference, read from their output (`tests/compile`):
 
 * One scale for all D (fp8, int8, w8a16): one fused product on TPU and GPU, which reads the weight
-  once, in its own dtype.  There is no kernel, because there is nothing for one to save.
+  once, in its own dtype.  On H200 and B200 it is one Triton product of fp8 with fp8, of int8 with
+  int8 into int32, or of bfloat16 with int8 that it converts; scales follow in the same fusion, or
+  in a small one of the sums.  There is no kernel, because there is nothing for one to save.
 * A scale for some of D (fp8_block, w4a16, nvfp4, mxfp4): first the whole weight is written out in
-  bfloat16, two to four times its bytes, and read again.  For these there are kernels: that of
-  `grouped_matmul`, with a single group.
+  bfloat16, two to four times its bytes, and read again; B200 is no exception, although it could
+  multiply fp4.  For these there are kernels: those of `grouped_matmul`, with a single group.
 
 On CPU this is the real path: int8 × int8 runs at about twice the speed of float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxinfer.kernels.quantized import (
     Quantized,
@@ -27,6 +32,7 @@ from jaxinfer.kernels.quantized import (
     format_of,
     quantize_activations,
     spread_scales,
+    stacked,
 )
 from jaxinfer.shapes import dims
 
@@ -38,6 +44,17 @@ def quantized_matmul(x_TD: Array, weight: Quantized) -> Array:
     x, scale_T1 = activations(x_TD, weight)
     product_TF = product(x, weight)
     return (product_TF if scale_T1 is None else product_TF * scale_T1).astype(x_TD.dtype)
+
+
+def as_one_group(
+    grouped_matmul: Callable[..., Array], x_TD: Array, weight: Quantized, **options: Any
+) -> Array:
+    """`quantized_matmul` by a backend's kernel of grouped products, all tokens being one group.
+
+    options: of that kernel, such as the facts of the chip.
+    """
+    sizes_E = jnp.full(1, len(x_TD), jnp.int32)
+    return grouped_matmul(x_TD, stacked(weight), sizes_E, **options)
 
 
 def activations(x_TD: Array, weight: Quantized) -> tuple[Array, Array | None]:
@@ -53,6 +70,8 @@ def activations(x_TD: Array, weight: Quantized) -> tuple[Array, Array | None]:
     x, scale = quantize_activations(x_TD, weight.format)
     if not form.rows:
         return x, scale
+    # The barrier: on GPUs, XLA leaves out the way to a narrow type and back, and so the rounding.
+    x = lax.optimization_barrier(x)
     return (x.astype(jnp.float32) * jnp.repeat(scale, form.rows, axis=1)).astype(x_TD.dtype), None
 
 

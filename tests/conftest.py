@@ -27,6 +27,29 @@ settings.load_profile("jaxinfer")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-kernels", action="store_true", help="write which kernels ran to docs/kernels.json"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--record-kernels") and not hasattr(config, "workerinput"):
+        from tests.kernel_record import Recorder
+
+        config.pluginmanager.register(Recorder())
+
+
+@pytest.fixture
+def kernel_ran(record_property):
+    """`kernel_ran(op, backend, dtype, how)`: what a test runs, for `tests/kernel_record.py`."""
+
+    def note(*words: str) -> None:
+        record_property("kernel", words)
+
+    return note
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The folder of checkpoints, tokenizers and expected values made by make_fixtures.py."""

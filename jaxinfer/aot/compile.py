@@ -32,6 +32,8 @@ from jaxinfer.errors import CompileError, ConfigError, InsufficientMemoryError
 
 # What compilers say on standard error that concerns the program and not the machine.
 WARNING = re.compile(r"spill|shared memory|local memory|register", re.IGNORECASE)
+# What ptxas says of every kernel; where registers are spilled it warns besides.
+STATISTICS = re.compile(r"ptxas info|bytes stack frame")
 
 
 def compile_for(
@@ -65,7 +67,8 @@ def compile_for(
 
 def warnings_in(text: str) -> tuple[str, ...]:
     """The compiler's remarks about the program among all that was written."""
-    return tuple(line.strip() for line in text.splitlines() if WARNING.search(line))
+    lines = [line.strip() for line in text.splitlines() if not STATISTICS.search(line)]
+    return tuple(line for line in lines if WARNING.search(line))
 
 
 def compile_here(

@@ -28,7 +28,8 @@ TAIL = 4000
 
 
 def run(function: Callable[..., Any], *args: Any, timeout: float | None = None) -> tuple[Any, str]:
-    """Call `function(*args)` elsewhere: its result, and what was written to standard error.
+    """Call `function(*args)` elsewhere: its result, and what was written to standard output and
+    error.
 
     Functions travel by name, so each must be one that a module has at its top level, or a
     `functools.partial` of such; everything else is pickled.  timeout: seconds.
@@ -55,7 +56,7 @@ def run(function: Callable[..., Any], *args: Any, timeout: float | None = None) 
             )
         good, result = pickle.loads(answer.read_bytes())
     if good:
-        return result, done.stderr
+        return result, done.stdout + done.stderr
     raise result
 
 

@@ -73,6 +73,8 @@ class Report:
     kernels: targets of custom calls that are Pallas kernels, and how often they run; custom_calls:
     of all others.
     host_callbacks: what waits for the host, by name.  f64: instructions with 64-bit floats.
+    products: which numbers are multiplied as matrices, and what they are summed in, such as
+        "s8 x s8 -> s32"; without those in kernels and other custom calls.
     warnings: what the compiler said about spilled registers and the like.
     """
 
@@ -94,6 +96,7 @@ class Report:
     f64: int
     lower_seconds: float
     compile_seconds: float
+    products: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def collective(self, kind: str) -> int:
@@ -163,6 +166,7 @@ def read(text: str, unknown_trips: int = 1) -> dict[str, Any]:
         "custom_calls": dict(others),
         "host_callbacks": tuple(callbacks),
         "f64": double,
+        "products": _products(module),
     }
 
 
@@ -217,3 +221,13 @@ def _text_size(shape: str) -> tuple[int, int]:
     count = math.prod(int(size) for size in dims.split(","))
     digits = re.search(r"\d+", dtype)
     return count, count * (max(int(digits[0]), 8) if digits else 8) // 8
+
+
+def _products(module: Module) -> tuple[str, ...]:
+    found = set()
+    for computation in module.computations.values():
+        for one in computation.instructions.values():
+            if one.opcode in ("dot", "convolution"):
+                factors = [computation.instructions[name].shapes[0].dtype for name in one.operands]
+                found.add(f"{' x '.join(factors)} -> {one.shapes[0].dtype}")
+    return tuple(sorted(found))

@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is opened but the compiler
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",  # or nothing tells which kernels spill registers
 }
 # Beside the plugin: what XLA uses of CUDA where no toolkit is installed.
 GPU_DISTRIBUTIONS = ("absl-py", "nvidia-nvvm", "nvidia-cuda-nvcc", "nvidia-cuda-runtime")

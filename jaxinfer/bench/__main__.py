@@ -1,7 +1,8 @@
 """The command line: `python -m jaxinfer.bench COMMAND`.
 
 A command is a module with `HELP` (one line), `add_arguments(parser)` and `run(args)`, which returns
-its report, or {} if there is none.  It imports jax no earlier than in `run`.
+its report, or {} if there is none, and `table(report)` unless `report.table` is good enough.  It
+imports jax no earlier than in `run`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.bench import compare, host, latency, prepare_dataset, report, throughput
+from jaxinfer.bench import (
+    compare,
+    host,
+    kernels,
+    latency,
+    prepare_dataset,
+    report,
+    throughput,
+)
 from jaxinfer.errors import ConfigError, DatasetError, JaxinferError, RequestError
 
 COMMANDS: dict[str, Any] = {
@@ -24,6 +33,7 @@ COMMANDS: dict[str, Any] = {
 }
 DEVELOPER_COMMANDS: dict[str, Any] = {
     "host": host,
+    "kernels": kernels,
 }
 
 EPILOG = """\
@@ -47,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = json.dumps(found, allow_nan=False)
             if args.report_json:
                 _write(args.report_json, json.dumps(found, indent=2) + "\n")
-            print(report.table(found) + "\n")
+            print(args.table(found) + "\n")
             print(line, flush=True)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
@@ -99,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in {**COMMANDS, **DEVELOPER_COMMANDS}.items():
         command = commands.add_parser(name, formatter_class=as_written, allow_abbrev=False)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, report_json=None)
+        table = getattr(module, "table", report.table)
+        command.set_defaults(run=module.run, table=table, report_json=None)
         if module is not prepare_dataset:  # it has no report
             command.add_argument(
                 "--report-json", metavar="FILE", help="write the report there, too"

@@ -321,6 +321,7 @@ def test_a_program_of_the_cpu():
     compiled = jax.jit(function, donate_argnums=0).lower(*shapes).compile()
     found = read(compiled.as_text())
     assert found["aliased"] == ("pool_PD",)
+    assert found["products"] == ("f32 x f32 -> f32",)
     assert found["unknown_loops"] == 0
     pool, product = 4096 * 64 * 4, 16 * 256 * 4
     least = (16 * 64 + 64 * 256) * 4 + product + 5 * 2 * product

@@ -10,7 +10,7 @@ import pytest
 from jaxinfer import configs
 from jaxinfer.aot import Workload, compile_for, isolate, target
 from jaxinfer.aot.__main__ import main, table
-from jaxinfer.aot.compile import _refusal
+from jaxinfer.aot.compile import _refusal, warnings_in
 from jaxinfer.aot.engine import (
     Bound,
     Estimate,
@@ -231,3 +231,15 @@ def test_the_command_refuses_what_it_cannot_do(capsys):
     assert main(["--model", "demo", "--target", "h300:1"]) == 2
     assert "there is no chip 'h300'" in capsys.readouterr().err
     assert main(["--model", "demo", "--target", "h200:1", "--batch", "0"]) == 2
+
+
+def test_what_the_assembler_always_says_is_no_warning():
+    said = """
+ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
+ptxas info    : Function properties for kernel
+    264 bytes stack frame, 460 bytes spill stores, 372 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 264 bytes cumulative stack size, 1 bytes smem
+"""
+    spilled = "ptxas warning : Registers are spilled to local memory in function 'kernel'"
+    assert warnings_in(said) == ()
+    assert warnings_in(f"{said}\n{spilled}, 460 bytes spill stores\n")[0].startswith(spilled)

@@ -51,10 +51,12 @@ def abstract(case):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_pools_are_written_in_place(chip):
+def test_pools_are_written_in_place(chip, kernel_ran):
     place = NamedSharding(AbstractMesh((1,), ("device",)), PartitionSpec())
     others, pools = {}, {}
     for name in NAMES:
+        for op in ("paged_attention", "write_pages"):
+            kernel_ran(op, "mosaic_tpu", cases.REAL[name].stored, chip)
         others[name], pools[name] = abstract(cases.REAL[name])
     formats = jax.tree.map(lambda leaf: Format(Layout(tuple(range(leaf.ndim))), place), pools)
     pools = jax.tree.map(

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxinfer.aot import Workload, compile_engine
+from jaxinfer.aot.target import parse
 from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 
 pytestmark = pytest.mark.compile
@@ -77,7 +78,9 @@ TPU_KERNELS, GPU_KERNELS = (2, 3), (2, 3)
         pytest.param("b200:1", 128, GPU_KERNELS, marks=NEW_JAX),
     ],
 )
-def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, kernels):
+def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, kernels, kernel_ran):
+    chip = parse(target).chip
+    kernel_ran("paged_attention", f"mosaic_{'gpu' if chip.gpu else 'tpu'}", "bfloat16", chip.name)
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "head_dim": head_dim}))
     found = compile_engine(
         target,

@@ -1,13 +1,18 @@
 """The GPU kernel of grouped products, interpreted: values and races, on memory full of NaN."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.errors import ShapeError
-from jaxinfer.kernels.quantized import FORMATS, quantize
-from tests.kernels.groups import GROUPS, build, expected
+from jaxinfer.errors import ConfigError, ShapeError
+from jaxinfer.kernels import cases
+from jaxinfer.kernels.quantized import quantize
+from jaxinfer.kernels.quantized_matmul import as_one_group
+from tests.kernels.groups import build, check, expected
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("JAX has an interpreter for GPU kernels from 0.11 on", allow_module_level=True)
@@ -15,84 +20,129 @@ if jax.__version_info__ < (0, 11):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxinfer.kernels.grouped_matmul_gpu import Blocks, block_sizes, grouped_matmul, refusal
-from jaxinfer.kernels.quantized_matmul_gpu import quantized_matmul
+from jaxinfer.kernels.gpu import Gpu
+from jaxinfer.kernels.grouped_matmul_gpu import (
+    Blocks,
+    block_sizes,
+    grouped_matmul,
+    multiplied,
+    refusal,
+)
 
-SHARED = 227 * 1024  # H100 and H200
+HOPPER, BLACKWELL = Gpu((9, 0), 132, 232_448), Gpu((10, 0), 148, 232_448)
 WATCHED = plgpu.InterpretGPUParams(  # pyright: ignore[reportAttributeAccessIssue] (JAX 0.11)
     detect_races=True, uninitialized_memory="nan"
 )
 
 
-# Every format and every kind of groups once, with two blocks of F.
+def interpreted(gpu, **options):
+    """The kernel on two multiprocessors, so that each has several pairs."""
+    return partial(
+        grouped_matmul, gpu=replace(gpu, multiprocessors=2), interpret=WATCHED, **options
+    )
+
+
+def check_interpreted(gpu, case, blocks, **options):
+    check(interpreted(gpu, blocks=blocks, **options), case)
+    assert not gpu_callbacks.get_races().races_found
+
+
+STACKS = [name for name, case in cases.SMALL_PRODUCTS.items() if not case.single]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_hopper_matches_float64(name, kernel_ran):
+    case, index = cases.SMALL_PRODUCTS[name], STACKS.index(name)
+    kernel_ran("grouped_matmul", "mosaic_gpu", case.format or "bfloat16", "interpreted")
+    # Small ones, so that there are several of each, and not the same for all cases.
+    blocks = Blocks(64 << (index % 5 == 0), 64, 2 + index % 2, 1 + index % 2)
+    check_interpreted(HOPPER, case, blocks)
+
+
+# Every format, and every kind of groups.
+@pytest.mark.parametrize("name", [*STACKS[::9], "none-bfloat16-384x192"])
+def test_blackwell_matches_float64(name):
+    case = cases.SMALL_PRODUCTS[name]
+    depth = 128 if case.format in ("fp8", "int8") else 64
+    check_interpreted(BLACKWELL, case, Blocks(128, 64, 2, 1, depth))
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, BLACKWELL])
+@pytest.mark.parametrize("name", ["fp8", "int8", None])
+def test_weights_may_lie_with_d_innermost(name, gpu):
+    blocks = Blocks(128, 64, 2, 1, 128 if name else 64)
+    case = cases.Product(cases.GROUPS["gaps"], 256, 128, name)
+    check_interpreted(gpu, case, blocks, depth_minor=True)
+
+
+def test_only_what_is_multiplied_as_it_is_stored_may_lie_so():
+    x, weight, sizes = build(cases.Product((1,), 256, 64, "w4a16"), jnp.bfloat16)
+    with pytest.raises(ConfigError, match="w4a16 is not multiplied as it is stored"):
+        grouped_matmul(x, weight, sizes, gpu=HOPPER, depth_minor=True)
+
+
 @pytest.mark.parametrize(
-    ("case", "name", "blocks"),
+    ("name", "hopper", "depth_minor", "blackwell"),
     [
-        ("empty groups between", None, Blocks(64, 64, 2, 1)),
-        ("one token each", None, Blocks(64, 64, 3, 1)),
-        ("one group takes all", None, Blocks(128, 128, 2, 2)),
-        ("no tokens", None, Blocks(64, 64, 2, 1)),
-        ("many tokens", None, Blocks(64, 128, 2, 1)),
-        ("empty groups between", "fp8", Blocks(64, 64, 2, 1)),
-        ("one token each", "fp8_block", Blocks(64, 64, 2, 1)),
-        ("one group takes all", "int8", Blocks(64, 64, 2, 1)),
-        ("whole tiles", "w8a16", Blocks(64, 64, 3, 2)),
-        ("empty groups between", "w4a16", Blocks(64, 128, 2, 1)),
-        ("one group takes all", "nvfp4", Blocks(64, 64, 2, 1)),
-        ("empty groups between", "mxfp4", Blocks(64, 64, 2, 1)),
+        ("fp8", "float16", "float8_e4m3fn", "float8_e4m3fn"),
+        ("int8", "bfloat16", "int8", "int8"),
+        ("w8a16", "bfloat16", "bfloat16", "bfloat16"),
+        ("fp8_block", "bfloat16", "bfloat16", "bfloat16"),
+        ("nvfp4", "bfloat16", "bfloat16", "bfloat16"),
     ],
 )
-def test_matches_float64(case, name, blocks):
-    groups = GROUPS[case]
-    x, weight, sizes = build(groups, name, jnp.bfloat16, F=128)
-    out = grouped_matmul(
-        x, weight, sizes, num_sms=2, shared_bytes=SHARED, blocks=blocks, interpret=WATCHED
-    )
-    jax.block_until_ready(out)
-    assert not gpu_callbacks.get_races().races_found
-    assert out.dtype == jnp.bfloat16
-    want = expected(x, weight, groups)
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
-    assert not np.asarray(out, np.float64)[sum(groups) :].any()
+def test_what_is_multiplied(name, hopper, depth_minor, blackwell):
+    weight = jax.eval_shape(lambda: quantize(jnp.ones((1, 128, 64)), name))
+    assert multiplied(weight, HOPPER) == hopper
+    assert multiplied(weight, HOPPER, depth_minor=True) == depth_minor
+    assert multiplied(weight, BLACKWELL) == blackwell
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "w4a16"])
-def test_a_single_weight(name):
-    x, stack, _ = build([70], name, jnp.bfloat16, F=64)
-    x = x[:70]
+@pytest.mark.parametrize("name", ["fp8_block", "w4a16", "nvfp4", "mxfp4"])
+def test_a_single_weight(name, kernel_ran):
+    kernel_ran("quantized_matmul", "mosaic_gpu", name, "interpreted")
+    case = cases.Product((70,), 256, 64, name, single=True)
+    x, stack, _ = build(case, jnp.bfloat16)
+    x = x[: case.num_tokens]
     weight = jax.tree.map(lambda leaf: leaf[0], stack)
-    out = quantized_matmul(x, weight, num_sms=2, shared_bytes=SHARED, interpret=WATCHED)
-    want = expected(x, stack, [70])
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.15)
+    out = as_one_group(interpreted(HOPPER), x, weight)
+    want = expected(x, stack, case.groups)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=2**-8, atol=0.2)
 
 
-@pytest.mark.parametrize("name", [None, *FORMATS])
-@pytest.mark.parametrize(
-    ("tokens", "E", "D", "F"),
-    [(64, 128, 2048, 768), (8192, 8, 4096, 14336), (512, 32, 2880, 2880), (4096, 64, 7168, 2048)],
-)
-def test_blocks_fit_and_divide(name, tokens, E, D, F):
-    x = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16)
-    weight = jax.ShapeDtypeStruct((E, D, F), jnp.bfloat16)
-    if name is not None:
-        if D % (FORMATS[name].rows or 1):
-            pytest.skip(f"{name} has no blocks for D = {D}")
-        weight = jax.eval_shape(lambda w: quantize(w, name), weight)
-    assert refusal(x, weight, (9, 0)) is None
-    blocks = block_sizes(x, weight, shared_bytes=SHARED)
-    assert F % blocks.width == 0
-    assert blocks.tokens in (64, 128)
-    assert blocks.stages >= 3
-    # Half of what a thread block has: its share of the SM's registers must hold the sums.
-    assert blocks.per_sm * blocks.tokens * blocks.width <= 65536 // 2
+@pytest.mark.parametrize("gpu", [HOPPER, BLACKWELL])
+@pytest.mark.parametrize("name", cases.REAL_PRODUCTS)
+def test_blocks_fit_and_divide(name, gpu):
+    case = cases.REAL_PRODUCTS[name]
+    x, weight, _ = cases.abstract_product(replace(case, single=False))
+    D, F = case.D, case.F
+    assert refusal(x, weight, gpu) is None
+    for depth_minor in (False, True):
+        blocks = block_sizes(x, weight, gpu, depth_minor=depth_minor)
+        assert F % blocks.width == 0
+        assert D % blocks.depth == 0
+        assert blocks.stages >= 3
+        if gpu == HOPPER:
+            assert blocks.tokens in (64, 128)
+            # Half of what a thread block has: its share of the SM's registers must hold the sums.
+            assert blocks.per_sm * blocks.tokens * blocks.width <= 65536 // 2
+        else:
+            assert blocks.tokens == 128
+            assert blocks.per_sm * blocks.width <= 512
     with pytest.raises(ShapeError, match="no block of it fits 1000 bytes"):
-        block_sizes(x, weight, shared_bytes=1000)
+        block_sizes(x, weight, replace(gpu, shared_bytes=1000))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_chips_without_the_matrix_units_are_refused(capability):
+    """Lowering for them would end the process."""
+    x, weight, _ = cases.abstract_product(cases.Product((1,), 256, 64))
+    assert str(capability) in str(refusal(x, weight, replace(HOPPER, capability=capability)))
 
 
 def test_what_it_refuses_is_named():
     x = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
     weight = jax.ShapeDtypeStruct((2, 256, 128), jnp.bfloat16)
-    assert "not (10, 0)" in str(refusal(x, weight, (10, 0)))
-    assert "not float32" in str(refusal(x.update(dtype=jnp.float32), weight, (9, 0)))
-    assert "not float32" in str(refusal(x, weight.update(dtype=jnp.float32), (9, 0)))
-    assert "F = 40" in str(refusal(x, weight.update(shape=(2, 256, 40)), (9, 0)))
+    assert "not float32" in str(refusal(x.update(dtype=jnp.float32), weight, HOPPER))
+    assert "not float32" in str(refusal(x, weight.update(dtype=jnp.float32), HOPPER))
+    assert "F = 40" in str(refusal(x, weight.update(shape=(2, 256, 40)), HOPPER))

@@ -23,7 +23,9 @@ CASES = {
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("K", "G", "H", "S"), [(1, 1, 12, 4), (2, 3, 64, 16), (3, 4, 20, 8)])
-def test_matches_a_plain_softmax(case, K, G, H, S, window):
+def test_matches_a_plain_softmax(case, K, G, H, S, window, kernel_ran):
+    for op in ("paged_attention", "write_pages"):
+        kernel_ran(op, "reference", "float32", "cpu")
     lens = CASES[case]
     total = sum(queries for queries, _ in lens)
     (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
@@ -79,8 +81,10 @@ def test_sinks_take_their_share(case, window):
 
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("case", ["decode", "mixed"])
-def test_quantized_pools(case, dtype):
+def test_quantized_pools(case, dtype, kernel_ran):
     """Attention over what the pool stores is exact; what it stores is close to what was given."""
+    for op in ("paged_attention", "write_pages"):
+        kernel_ran(op, "reference", dtype, "cpu")
     lens = CASES[case]
     total = sum(queries for queries, _ in lens)
     (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
@@ -116,7 +120,9 @@ def test_a_row_per_token_gives_the_same():
     np.testing.assert_allclose(out[:12], want[:12], rtol=2e-5, atol=2e-5)
 
 
-def test_bfloat16_stays_close():
+def test_bfloat16_stays_close(kernel_ran):
+    for op in ("paged_attention", "write_pages"):
+        kernel_ran(op, "reference", "bfloat16", "cpu")
     lens = CASES["mixed"]
     (q, k_pages, v_pages, k_new, v_new), rows, contexts = build(
         lens, num_tokens=80, num_rows=6, K=2, G=2, H=16, S=8, dtype=jnp.bfloat16

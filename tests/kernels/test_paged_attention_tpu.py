@@ -46,8 +46,9 @@ def blocks(index: int, case: cases.Case) -> tuple[Blocks, Blocks]:
 
 
 @pytest.mark.parametrize("name", cases.SMALL)
-def test_matches_a_plain_softmax(name):
+def test_matches_a_plain_softmax(name, kernel_ran):
     case, index = cases.SMALL[name], list(cases.SMALL).index(name)
+    kernel_ran("paged_attention", "mosaic_tpu", case.stored, "interpreted")
     attend(case, *blocks(index, case))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.errors import ShapeError
+from jaxinfer.kernels import cases
 from jaxinfer.kernels.quantized import FORMATS, dequantize, quantize, quantize_activations
 from jaxinfer.kernels.quantized_matmul import quantized_matmul
 
@@ -20,12 +21,16 @@ def expected(x: np.ndarray, weight) -> np.ndarray:
     return np.asarray(x, np.float64) @ np.asarray(dequantize(weight, jnp.float32), np.float64)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7])
-@pytest.mark.parametrize("name", FORMATS)
-def test_matches_float64(name, tokens):
-    rng = np.random.default_rng(tokens)
-    x = rng.normal(size=(tokens, 256)).astype(np.float32)
-    weight = quantize(jnp.asarray(rng.normal(size=(256, 160))), name)
+SINGLE = [name for name, case in cases.SMALL_PRODUCTS.items() if case.single]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_matches_float64(name, kernel_ran):
+    case = cases.SMALL_PRODUCTS[name]
+    kernel_ran("quantized_matmul", "reference", case.format, "cpu")
+    rng = np.random.default_rng(case.num_tokens)
+    x = rng.normal(size=(case.num_tokens, case.D)).astype(np.float32)
+    weight = quantize(jnp.asarray(rng.normal(size=(case.D, case.F))), case.format)
     out = quantized_matmul(x, weight)
     assert out.dtype == jnp.float32
     want = expected(x, weight)
