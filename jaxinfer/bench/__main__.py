@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxinfer.bench import (
@@ -50,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args([_with_dashes(word) for word in words])
     try:
-        if args.report_json:  # better now than after an hour
-            _write(args.report_json, "")
+        if args.report_json:  # better now than after an hour; what is there stays until then
+            _write(args.report_json, "", mode="a")
         found = args.run(args)
         if found:
             line = json.dumps(found, allow_nan=False)
@@ -73,9 +72,10 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str, text: str, mode: str = "w") -> None:
     try:
-        Path(path).write_text(text)
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise ConfigError(f"--report-json cannot be written: {error}") from error
 

@@ -130,6 +130,13 @@ def test_bad_requests_and_options_are_refused_by_name(bench, data):
     assert "EngineConfig.max_seq_len" in bench("throughput", "--max-seq-len", "0", code=2)
 
 
+def test_what_fails_leaves_the_old_report(bench, tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    bench("throughput", "--dataset", "/no/file", "--report-json", str(file), code=2)
+    assert file.read_text() == "old"
+
+
 def test_an_unknown_preset_is_an_error_with_the_remedy(capsys):
     assert main(["throughput", "--model", "smollm2-134m", "--load-format", "dummy"]) == 2
     error = capsys.readouterr().err
