@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.layout import Format, Layout
 
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError
@@ -106,7 +107,9 @@ def pool_formats(case: cases.Case) -> Pool | None:
     if jax.default_backend() != "tpu":
         return None
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: tpu.row_major(leaf, here), cases.abstract(case)[1])
+    return jax.tree.map(
+        lambda leaf: Format(Layout(tuple(range(leaf.ndim))), here), cases.abstract(case)[1]
+    )
 
 
 def rows_of(case: cases.Case, seed: int = 0) -> Rows:
