@@ -23,11 +23,12 @@ from jaxinfer.kernels.write_pages_tpu import write_pages
 
 pytestmark = pytest.mark.compile
 
-# Every format with rows of 128 lanes; shorter and longer rows, and sinks, in bfloat16.
+# Every format with rows of 128 lanes; shorter and longer rows, and sinks, in bfloat16.  Steps that
+# decode and steps of prompts have all kernels that mixed ones have.
 NAMES = [
     name
     for name in cases.REAL
-    if "4 x 32k" not in name and re.match("llama-3.1-8b|llama-3.2-1b|gemma|gpt", name)
+    if re.match("(llama-3.1-8b|llama-3.2-1b|gemma|gpt).*(64 x 1k|prefill)", name)
 ]
 
 
@@ -75,4 +76,7 @@ def test_pools_are_written_in_place(chip, kernel_ran):
     assert sum(report.kernels.values()) == sum(2 if "decode" in name else 3 for name in NAMES)
     assert len(report.aliased) == report.donated == len(leaves)
     assert report.memory.aliased == sum(padded_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
-    assert not report.copies_of(*leaves)
+    # In any order of their axes; by size alone queries could be taken for a smaller pool.
+    sides = {",".join(map(str, sorted(leaf.shape))) for leaf in leaves}
+    copied = [re.findall(r"\d+", one.shape.partition("[")[2]) for one in report.copies]
+    assert not sides & {",".join(sorted(shape, key=int)) for shape in copied}
