@@ -7,8 +7,10 @@ declare is absent from the tree, and the layer that would use it looks for its n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 from jax import Array
 
 from jaxinfer import layers
@@ -16,6 +18,7 @@ from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.rows import Rows
+from jaxinfer.kernels.write_pages import Pool
 from jaxinfer.shapes import letters
 
 
@@ -71,18 +74,36 @@ def forward(
     rope = layers.rope_tables(rows.positions_T, config)
     pools = []
     for i, (layer, pool) in enumerate(zip(weights["layers"], cache.pools, strict=True)):
-        normed_TD = layers.norm(x_TD, layer.get("attn_norm_D"), config)
-        attended_TD, pool = layers.attention(
-            layer, normed_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i), ops
+        x_TD, pool = _block(
+            layer, x_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i), ops
         )
         pools.append(pool)
-        attended_TD = layers.norm(attended_TD, layer.get("attn_post_norm_D"), config)
-        x_TD += layers.scaled(attended_TD, config.residual_scale)
-        normed_TD = layers.norm(x_TD, layer.get("mlp_norm_D"), config)
-        fed_TD = layers.mlp(layer, normed_TD, config)
-        fed_TD = layers.norm(fed_TD, layer.get("mlp_post_norm_D"), config)
-        x_TD += layers.scaled(fed_TD, config.residual_scale)
     return Cache(tuple(pools)), x_TD
+
+
+@partial(jax.jit, static_argnames=("config", "window", "ops"))
+def _block(
+    layer: dict[str, Array],
+    x_TD: Array,
+    pool: Pool,
+    rows: Rows,
+    rope: tuple[Array, Array] | None,
+    config: ModelConfig,
+    window: int | None,
+    ops: PageOps,
+) -> tuple[Array, Pool]:
+    """One layer: the stream after it and the written pool.
+
+    Jitted so that layers alike are traced and lowered once; XLA compiles each in its place.
+    """
+    normed_TD = layers.norm(x_TD, layer.get("attn_norm_D"), config)
+    attended_TD, pool = layers.attention(layer, normed_TD, pool, rows, rope, config, window, ops)
+    attended_TD = layers.norm(attended_TD, layer.get("attn_post_norm_D"), config)
+    x_TD += layers.scaled(attended_TD, config.residual_scale)
+    normed_TD = layers.norm(x_TD, layer.get("mlp_norm_D"), config)
+    fed_TD = layers.mlp(layer, normed_TD, config)
+    fed_TD = layers.norm(fed_TD, layer.get("mlp_post_norm_D"), config)
+    return x_TD + layers.scaled(fed_TD, config.residual_scale), pool
 
 
 def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:
