@@ -19,8 +19,9 @@ from jaxinfer.scheduler import Limits, Plan
 from jaxinfer.shapes import Leaf
 
 # How many tokens a step may have before each one more costs time: until then reading the weights
-# takes longer than computing with them (FLOP/s over twice the weights that arrive in a second).
-FINEST = {"cpu": 8}
+# takes longer than computing with them (FLOP/s over twice the weights that arrive in a second).  On
+# the CPU also the width of the tiles in which products are computed: 24 tokens take longer than 32.
+FINEST = {"cpu": 16}
 
 
 @struct.dataclass
@@ -89,16 +90,16 @@ class Buckets:
         return min(num_tokens, self.max_rows)
 
 
-def bucket_sizes(limit: int, finest: int = 8) -> tuple[int, ...]:
+def bucket_sizes(limit: int, finest: int) -> tuple[int, ...]:
     """Sizes up to `limit`: powers of two to `finest`, then four steps an octave, but none smaller
-    than half of `finest`: every size is a program to compile.
+    than `finest`: every size is a program to compile.
 
     Powers of two alone waste a quarter of the rows; four steps an octave waste under 8 %.
     """
     sizes, size = [], 1
     while size < limit:
         sizes.append(size)
-        size += size if size < finest else max(2 ** (size.bit_length() - 1) // 4, finest // 2)
+        size += size if size < finest else max(2 ** (size.bit_length() - 1) // 4, finest)
     return (*sizes, limit)
 
 
@@ -163,3 +164,32 @@ def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -
         table=sampling.table(),
     )
     return Batch(inputs, selection)
+
+
+def idle(num_tokens: int, buckets: Buckets, limits: Limits, sampling: SamplingRows) -> Batch:
+    """A batch of compiled shapes that is nobody's: it reads and writes the dump slot and page only.
+
+    It has as many rows to sample for as a step may have, and a row of one token beside longer ones.
+    """
+    longest, most = limits.max_seq_len, min(limits.max_batch_size, num_tokens)
+    single = int(most > -(-num_tokens // longest))
+    whole, rest = divmod(num_tokens - single, longest)
+    lens = sorted([1] * single + [longest] * whole + [rest] * (rest > 0))
+    lens_B, dump = np.array(lens), limits.max_batch_size
+    plan = Plan(
+        number=0,
+        slots_B=np.full(len(lens), dump),
+        starts_B=np.zeros_like(lens_B),
+        lens_B=lens_B,
+        num_single=lens.count(1),
+        tables_BM=np.zeros((len(lens), limits.pages_per_row), np.int32),
+        rows_T=np.repeat(np.arange(len(lens)), lens_B),
+        positions_T=np.concatenate([np.arange(length) for length in lens]),
+        num_tokens=num_tokens,
+        selected_B=np.zeros(most, np.int32),
+        selected_slots_B=np.full(most, dump),
+        selected_positions_B=np.zeros(most, np.int32),
+        targets_B=np.full(most, -1),
+        admitted=[],
+    )
+    return pack(plan, buckets, limits, sampling)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from jaxinfer import saving, shardings
 from jaxinfer.asynchronous import AsyncRequest
-from jaxinfer.batch import Buckets, pack
+from jaxinfer.batch import Buckets, idle, pack
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import EngineClosedError, RequestError
 from jaxinfer.interrupts import interrupts_held
@@ -313,6 +313,19 @@ class LLM:
         return outputs
 
     # -- what callers use ---------------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Run every compiled program once, on tokens that are nobody's.
+
+        The first run of a program takes longer than the next: a fifth of a second on a CPU, whose
+        libraries prepare each product then.  Call it before anything is timed.
+        """
+        with self._lock:
+            self._check_open()
+            for num_tokens in self.step.buckets.tokens:
+                batch = idle(num_tokens, self.step.buckets, self.limits, self._sampling)
+                self._state, _ = self.step(self._weights, self._state, batch)
+                jax.block_until_ready(self._state)
 
     @overload
     def generate(

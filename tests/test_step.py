@@ -1,6 +1,7 @@
 """The compiled step: what it copies, what it exchanges, and what it reads when."""
 
 import re
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -91,28 +92,57 @@ def test_packed_arrays_share_no_memory_with_the_plan(tiny_model):
                 assert not any(np.shares_memory(leaf, source) for source in sources)
 
 
-def test_bucket_sizes_waste_little():
+@pytest.mark.parametrize("finest", [8, 16, 256])
+def test_bucket_sizes_waste_little(finest):
     for limit in (1, 7, 32, 100, 256, 2048, 8192):
-        sizes = bucket_sizes(limit)
+        sizes = bucket_sizes(limit, finest)
         assert sizes[-1] == limit
         assert list(sizes) == sorted(set(sizes))
-        padded = [min(size for size in sizes if size >= n) for n in range(1, limit + 1)]
-        wasted = [size - n for n, size in enumerate(padded, 1)]
-        assert limit < 32 or sum(wasted) <= 0.12 * sum(padded)
-        assert all(
-            waste < (0.2 if size > 12 else 0.3) * size
-            for waste, size in zip(wasted, padded, strict=True)
-            if size > 8
-        )
+        for smaller, larger in pairwise(sizes):
+            if smaller >= 4 * finest:  # four steps an octave
+                assert larger <= 1.25 * smaller
+            elif smaller >= finest:  # no step is smaller than this, and none longer either
+                assert larger - smaller <= finest
+            else:
+                assert larger <= 2 * smaller
 
 
 def test_default_limits_compile_few_programs():
     limits = Limits(max_batch_size=32, max_num_tokens=256, max_seq_len=512, page_size=32)
     buckets = Buckets.for_limits(limits, "cpu")
-    assert len(buckets.tokens) + len(buckets.rows) <= 28
+    assert len(buckets.tokens) + len(buckets.rows) <= 24
     limits = Limits(max_batch_size=256, max_num_tokens=2048, max_seq_len=512, page_size=64)
     buckets = Buckets.for_limits(limits, "gpu")
-    assert len(buckets.tokens) + len(buckets.rows) <= 28
+    assert len(buckets.tokens) + len(buckets.rows) <= 26
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_batch_size": 5, "max_num_tokens": 100}, {"max_batch_size": 1}]
+)
+def test_warm_up_runs_every_program_and_leaves_no_trace(tiny_model, limits):
+    with LLM(tiny_model, **ENGINE | limits) as llm:
+        llm.generate([[7] * 20, [8] * 3], SamplingParams(max_tokens=4))
+        before = jax.tree.map(np.array, llm._state)
+        ran = []
+        for programs in (llm.step._backbones, llm.step._heads):
+            for size, program in programs.items():
+
+                def run(*args, program=program, programs=programs, size=size):
+                    ran.append((id(programs), size))
+                    return program(*args)
+
+                programs[size] = run
+        llm.warm_up()
+        sizes = [(id(llm.step._backbones), size) for size in llm.step.buckets.tokens]
+        sizes += [(id(llm.step._heads), size) for size in llm.step.buckets.rows]
+        assert set(ran) == set(sizes)
+        after = jax.tree.map(np.array, llm._state)
+        np.testing.assert_array_equal(before.history_BT[:-1], after.history_BT[:-1])
+        assert jax.tree.leaves(after.cache)
+        jax.tree.map(
+            lambda old, new: np.testing.assert_array_equal(old[1:], new[1:]),
+            before.cache, after.cache,
+        )  # fmt: skip
 
 
 def test_a_shape_that_was_not_compiled_is_an_error(tiny_model):

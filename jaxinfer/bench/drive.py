@@ -148,7 +148,9 @@ def drive(
 
 
 def warm_up(llm: LLM, items: Sequence[Item], count: int, rng: np.random.Generator) -> None:
-    """Run requests of the lengths to come, with other tokens, so that no prefix is reused later."""
+    """Run all programs, then `count` requests of the lengths to come, with other tokens, so that no
+    prefix is reused later."""
+    llm.warm_up()
     size = llm.model_config.vocab_size
     chosen = [
         Item(0, index, rng.integers(size, size=len(item.input_ids)).tolist(),
