@@ -128,9 +128,6 @@ def linear(x: Array, weight: Array, letters: str | None = None) -> Array:
     def weight_first(x: Array, weight: Array) -> Array:
         """What XLA's library on the CPU has on the right it packs anew for each product: so have
         the few tokens there.  The barriers keep XLA from turning the product around again."""
-        tokens = x.shape[0]
-        if tokens > 128 and tokens % 128:  # many, and its tiles on the right would not be full
-            return tokens_first(x, weight)
         turned = lax.optimization_barrier(jnp.moveaxis(x, 0, -1))
         contract = ((of_weight, tuple(range(inputs))), ((), ()))
         place = None if letters is None else spec(letters[1:] + letters[0])
