@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from jaxinfer.errors import TokenizerError
+from jaxinfer.errors import RequestError, TokenizerError
 
 if TYPE_CHECKING:
     import jinja2
@@ -39,7 +39,8 @@ class ChatTemplates:
         messages: `{"role": …, "content": …}` each.  add_generation_prompt: end where the answer
         begins.  tools: JSON schemas.  variables: what else the template may read.
 
-        Raises `TokenizerError` if there is no template, or it is broken or refuses the messages.
+        Raises `TokenizerError` if there is no template or it is broken, `RequestError` if it
+        refuses the messages.
         """
         import jinja2  # only who chats waits for it
 
@@ -65,7 +66,7 @@ class ChatTemplates:
                 f"the chat template of {self._source} is broken at line {error.lineno}: {error}"
             ) from error
         except Exception as error:  # a template may raise anything
-            raise TokenizerError(
+            raise RequestError(
                 f"the chat template of {self._source} refuses the messages: {error}"
             ) from error
 

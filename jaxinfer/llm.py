@@ -26,6 +26,7 @@ from jaxinfer.request import CompletionOutput, Request, RequestOutput, SamplingP
 from jaxinfer.sampling import Sampled, SamplingRows
 from jaxinfer.scheduler import Plan, Scheduler
 from jaxinfer.step import Step
+from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import check_types, make_requests
 
 Prompt = str | Sequence[int]
@@ -90,8 +91,8 @@ class LLM:
 
     # -- the loop -----------------------------------------------------------------------------
 
-    def _turn(self) -> None:
-        """One turn of the loop; call it while there is work.
+    def _turn(self) -> Plan | None:
+        """One turn of the loop, while there is work; returns the plan whose results came in.
 
         While the device runs a step, the host plans and dispatches the next, and only then reads
         the first one's tokens.  At most two steps are in flight.
@@ -110,6 +111,7 @@ class LLM:
             done, self._pending = self._pending, None
         if done:
             self._commit(*done)
+        return done[0] if done else None
 
     def _admit(self, request: Request) -> None:
         """Place what the device must know of a request that got a slot."""
@@ -140,8 +142,6 @@ class LLM:
                 request.finish_reason, request.stop_reason = "stop", stop
         for request in commit.finished:
             self._finish(request)
-        if self.observer is not None:
-            self.observer(plan)
 
     def _finish(self, request: Request) -> None:
         collector = self._live[request.request_id]
@@ -157,12 +157,14 @@ class LLM:
         with self._lock, interrupts_held():
             self._check_open()
             try:
-                self._turn()
+                plan = self._turn()
             except Exception as error:
                 self._closed = f"a step failed: {error}"
                 raise EngineClosedError(
                     f"a step failed on the device, and its state is gone with it: {error}"
                 ) from error
+            if plan and self.observer is not None:
+                self.observer(plan)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -289,23 +291,30 @@ class LLM:
 
     def _generate_list(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | RequestError],
         params: Sequence[SamplingParams | None],
         priority: Sequence[int],
         progress: bool,
         **options: Any,
     ) -> list[RequestOutput]:
-        """One output a prompt, in order; a bad prompt's output carries its error."""
+        """One output a prompt, in order; a bad prompt's output carries its error.
+
+        A prompt may be the error that was met in making it.
+        """
         outputs: list[RequestOutput] = []
         collectors = []
         try:
             for prompt, param, rank in zip(prompts, params, priority, strict=True):
                 with interrupts_held():
                     try:
-                        collectors.append(self._submit(prompt, param, priority=rank, **options))
-                        outputs.append(collectors[-1].output)
+                        if isinstance(prompt, RequestError):
+                            raise prompt
+                        collector = self._submit(prompt, param, priority=rank, **options)
                     except RequestError as error:
                         outputs.append(_error_output(self._new_id(), prompt, error))
+                        continue
+                    collectors.append(collector)
+                    outputs.append(collector.output)
         except BaseException:  # an interrupt, say: nobody will ask for those queued so far
             self._cancel_all(collectors)
             raise
@@ -375,24 +384,39 @@ class LLM:
         progress = len(prompts) > 16 if use_tqdm is None else use_tqdm
         return self._generate_list(prompts, params, ranks, progress)
 
-    def chat(self, messages, sampling_params=None, **template_options):
+    def chat(self, messages: Any, sampling_params: Any = None, **template_options: Any) -> Any:
         """Generate the next message of one conversation, or of each in a list of them.
 
         messages: `[{"role": "user", "content": "…"}, …]`.  template_options: for the template.
-        Raises `TokenizerError` if the tokenizer has no chat template or the template refuses.
+        In a list, a conversation that cannot be served gets an output with `error` set.
+
+        Raises `TokenizerError` if the tokenizer has no chat template, `RequestError` if the one
+        conversation is bad.
         """
         if messages and isinstance(messages[0], dict):
             return self.generate(self.chat_prompt(messages, **template_options), sampling_params)
-        prompts = [self.chat_prompt(each, **template_options) for each in messages]
-        return self.generate(prompts, sampling_params)
+        self._chat_tokenizer()
+        prompts: list[Prompt | RequestError] = []
+        for each in messages:
+            try:
+                prompts.append(self.chat_prompt(each, **template_options))
+            except RequestError as error:
+                prompts.append(error)
+        count = len(prompts)
+        params = _per_prompt("sampling_params", sampling_params, messages)
+        return self._generate_list(prompts, params, [0] * count, count > 16)
 
     def chat_prompt(self, messages: list[dict[str, Any]], **template_options: Any) -> list[int]:
         """Token ids of a conversation, up to where the next message begins."""
+        tokenizer = self._chat_tokenizer()
+        text = tokenizer.apply_chat_template(messages, **template_options)
+        # The template writes the special tokens itself.
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _chat_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer, but skip_tokenizer_init=True")
-        text = self.tokenizer.apply_chat_template(messages, **template_options)
-        # The template writes the special tokens itself.
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer
 
     def stream(
         self,

@@ -84,6 +84,10 @@ def size(
             f"EngineConfig.max_seq_len ({wanted_len}) exceeds the model's "
             f"max_position_embeddings ({model.max_position_embeddings})"
         )
+    if wanted_len < 2:
+        raise ConfigError(
+            "EngineConfig.max_seq_len must be at least 2: one token of a prompt and one to follow"
+        )
     workspace = _workspace(model, max_num_tokens, max_batch_size, dtype_bytes)
     left = free_bytes - weight_bytes - workspace
     num_pages = engine.num_pages or _num_pages(

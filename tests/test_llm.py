@@ -5,10 +5,12 @@ import json
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jaxinfer
 from jaxinfer import LLM, EngineConfig, SamplingParams
 from jaxinfer.errors import (
     CheckpointError,
@@ -198,6 +200,35 @@ def test_chat_goes_through_the_template(fixtures, tmp_path):
         assert ok.outputs[0].token_ids
     with LLM("demo", **engine) as llm, pytest.raises(TokenizerError, match="chat template"):
         llm.chat(messages, GREEDY)
+
+
+def test_a_bad_conversation_fails_alone(tmp_path):
+    shutil.copytree(Path(jaxinfer.__file__).with_name("demo") / "model", tmp_path / "m")
+    template = "{% if messages[0].role == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
+    (tmp_path / "m" / "chat_template.jinja").write_text(template + "{{ messages[0].content }}")
+    good = [{"role": "user", "content": PROMPTS[0]}]
+    bad = [{"role": "critic", "content": PROMPTS[0]}]
+    with LLM(tmp_path / "m", max_batch_size=2, max_num_tokens=32, max_seq_len=120) as llm:
+        first, failed, last = llm.chat([good, bad, good], GREEDY)
+        assert "no critics" in failed.error
+        assert failed.outputs[0].finish_reason == "error"
+        assert first.outputs[0].token_ids == last.outputs[0].token_ids
+        assert first.outputs[0].token_ids == llm.generate(PROMPTS[0], GREEDY).outputs[0].token_ids
+        with pytest.raises(RequestError, match="no critics"):
+            llm.chat(bad, GREEDY)
+
+
+def test_an_observer_that_fails_costs_no_engine(llm):
+    def observe(plan):
+        raise ValueError("no more")
+
+    llm.observer = observe
+    try:
+        with pytest.raises(ValueError, match="no more"):
+            llm.generate(PROMPTS[0], GREEDY)
+    finally:
+        llm.observer = None
+    assert llm.generate(PROMPTS[0], GREEDY).outputs[0].token_ids
 
 
 def test_event_loops(llm):

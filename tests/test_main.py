@@ -17,7 +17,7 @@ import pytest
 from jaxinfer import __main__ as cli
 from jaxinfer import tasks
 from jaxinfer.config import EngineConfig
-from jaxinfer.errors import CheckpointError, RequestError, TokenizerError
+from jaxinfer.errors import CheckpointError, RequestError
 from jaxinfer.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ class FakeLLM:
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         if messages[0]["role"] == "critic":
-            raise TokenizerError("the chat template refuses the messages: critic")
+            raise RequestError("the chat template refuses the messages: critic")
         return [len(messages), *map(ord, messages[-1]["content"])]
 
     def submit(self, prompt: str | list[int], params: SamplingParams) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.errors import InsufficientMemoryError
+from jaxinfer.errors import ConfigError, InsufficientMemoryError
 from jaxinfer.planner import CPU_CACHE_CAP, GIB, Memory, page_size, size
 
 MODEL = ModelConfig(
@@ -77,6 +77,11 @@ def test_what_fits_is_told_to_the_byte():
     assert plan(free=needed, **engine).num_pages == 40
     with pytest.raises(InsufficientMemoryError, match="does not fit"):
         plan(free=needed - 1, **engine)
+
+
+def test_a_sequence_must_have_room_for_a_prompt_and_a_token():
+    with pytest.raises(ConfigError, match="max_seq_len must be at least 2"):
+        plan(max_seq_len=1)
 
 
 def test_errors_have_the_sum_by_component():
