@@ -141,6 +141,11 @@ class Step:
         self._backbones: dict[int, Any] = {}
         self._heads: dict[int, Any] = {}
 
+    @property
+    def compiler_options(self) -> dict[str, str | bool] | None:
+        """What XLA is to be told for this step's devices."""
+        return COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
+
     def initial_state(self) -> State:
         """Zeros on the devices."""
 
@@ -191,7 +196,6 @@ class Step:
             .lower(self.abstract_state.history_BT, self._ints(), self._ints(1, history_width))
             .compile()
         )
-        options = COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
         with (
             jax.set_mesh(self.mesh),
             ThreadPoolExecutor(max_workers=2) as threads,
@@ -202,7 +206,7 @@ class Step:
                 lowered = lower()
 
                 def finish(programs=programs, size=size, lowered=lowered) -> None:
-                    programs[size] = lowered.compile(compiler_options=options)
+                    programs[size] = lowered.compile(compiler_options=self.compiler_options)
                     bar.update()
 
                 running.append(threads.submit(finish))

@@ -145,7 +145,6 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
     import jax
 
     from jaxinfer.aot.compile import finish
-    from jaxinfer.step import COMPILER_OPTIONS
 
     step, weights, table = abstract_engine(targets.devices(target), workload, target.chip)
     limits, pages = step.limits, step.limits.pages_per_row
@@ -155,7 +154,6 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
     }
     if workload.prefill:
         lowerings["prefill"] = (lambda: step.lower_backbone(weights, limits.max_num_tokens), 1)
-    options = COMPILER_OPTIONS.get(step.mesh.devices.flat[0].platform)
     programs, refused = {}, {}
     for name, (lower, turns) in lowerings.items():
         with jax.set_mesh(step.mesh):
@@ -163,7 +161,7 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
             lowered = lower()
             seconds = time.perf_counter() - started
         try:
-            programs[name] = finish(target, name, lowered, seconds, turns, options)
+            programs[name] = finish(target, name, lowered, seconds, turns, step.compiler_options)
         except InsufficientMemoryError as error:
             refused[name] = str(error)
     return _estimate(target, workload, step, weights, programs, refused)

@@ -58,7 +58,10 @@ def layouts(where: target.Target) -> list[tuple[int, int]]:
         "v5p:2",
         "tpu7x:2",
         pytest.param(
-            "h200:2", marks=pytest.mark.skipif(jax.__version_info__ < GPU_NEEDS_JAX, reason="same")
+            "h200:2",
+            marks=pytest.mark.skipif(
+                jax.__version_info__ < GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU"
+            ),
         ),
     ],
 )
