@@ -21,7 +21,7 @@ from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels import paged_attention_gpu_body as body
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
-from jaxinfer.kernels.paged_attention_gpu_units import UNITS
+from jaxinfer.kernels.paged_attention_gpu_units import UNITS, choose_unit
 from jaxinfer.kernels.paged_attention_gpu_work import LOG2E, Problem, Tiling
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
@@ -67,10 +67,10 @@ def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
     Decoding waits for memory: small blocks, many of them on their way.  Prompts wait for products:
     blocks as large as registers hold.
     """
-    unit = UNITS[gpu.capability[0]]
-    block = 128 if not split and problem.H <= 128 and unit.ROWS == 64 else 64
-    for stages in range(6, 0, -1):
-        tiling = Tiling(split, unit.ROWS, GROUPS, block, stages)
+    unit, rows = choose_unit(gpu, problem, split=split)
+    block = 128 if not split and problem.H <= 128 and rows == 64 else 64
+    for stages in range(6, 0, -GROUPS if split else -1):
+        tiling = Tiling(split, rows, GROUPS, block, stages)
         if body.shared_bytes(problem, tiling, unit) <= gpu.shared_bytes:
             return tiling
     raise ConfigError(
@@ -80,16 +80,18 @@ def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
 
 def check_tiling(tiling: Tiling, gpu: Gpu, problem: Problem, *, split: bool) -> None:
     """Raise `ShapeError` unless a tiling is for the problem on such a chip."""
-    unit = UNITS[gpu.capability[0]]
+    unit, rows = choose_unit(gpu, problem, split=split)
     whole = tiling.block in (64, 128) and tiling.stages >= 2 and tiling.groups in (1, GROUPS)
+    owned = not split or tiling.stages % tiling.groups == 0
     needed = body.shared_bytes(problem, tiling, unit) if whole else 0
     # A thread's registers hold its share of the sums and of a block's scores, both float32.
-    registers = (problem.H + tiling.block) * unit.ROWS // 128
+    registers = (problem.H + tiling.block) * rows // 128
     tuned.require(
         {
             f"split must be {split}": tiling.split == split,
-            f"rows must be {unit.ROWS}": tiling.rows == unit.ROWS,
+            f"rows must be {rows}": tiling.rows == rows,
             f"block must be 64 or 128, stages 2 or more, groups 1 or {GROUPS}": whole,
+            "the stages must be the groups', equally many of each": owned,
             f"{registers} registers of a thread hold sums and scores, at most 192": registers
             <= 192,
             f"{needed} bytes do not fit {gpu.shared_bytes}": needed <= gpu.shared_bytes,
@@ -211,7 +213,7 @@ def _attend_single(
     q = jnp.pad(q_TKGH[:B], [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
     acc, stat = body.attend(
         q, pool, rows.page_table_BM, work, count, None, problem=problem, tiling=tiling,
-        unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,
+        unit=choose_unit(gpu, problem, split=True)[0], multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     return merge(acc, stat, starts, sinks_KG, problem.G)
 
@@ -249,7 +251,7 @@ def _attend_many(
         sinks_KG = jnp.pad(jnp.tile(sinks_KG, (1, each)), [(0, 0), (0, rest)])
     (out,) = body.attend(
         q, pool, rows.page_table_BM, work, count, sinks_KG, problem=problem, tiling=tiling,
-        unit=UNITS[gpu.capability[0]], multiprocessors=gpu.multiprocessors,
+        unit=choose_unit(gpu, problem, split=False)[0], multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     out = out[..., : each * G, :].reshape(*out.shape[:3], each, G, H).transpose(0, 2, 3, 1, 4, 5)
     offset_T = jnp.arange(T) - rows.query_starts_B[rows.rows_T]

@@ -26,34 +26,31 @@ from jaxinfer.kernels.write_pages import Pool
 def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]:
     """Shared memory, barriers, and what the matrix unit needs."""
     p, t = problem, tiling
-    # Both operands of a product must be swizzled alike, and the halves of packed numbers are
-    # written one by one.
-    swizzled = p.width if p.stored == "uint8" else p.H
     ring = columns_at_once(p.width) if p.quantized else p.width  # converted piece by piece
     copies = (4 if p.quantized else 2) * (t.block // min(t.block, p.S))
     types = dict(
-        q_smem=tiled((t.groups, t.rows, p.H), p.operand, swizzled),
+        q_smem=tiled((t.groups, t.rows, p.H), p.operand, p.swizzled),
         k_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         v_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
-        free=plgpu.Barrier(num_arrivals=t.groups, num_barriers=t.stages),
+        free=plgpu.Barrier(num_arrivals=1 if t.split else t.groups, num_barriers=t.stages),
         q_full=plgpu.Barrier(num_barriers=t.groups),
     )
     if p.quantized:
         types |= dict(
             k_scale_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
             v_scale_smem=plgpu.SMEM((t.stages, t.block), jnp.float32),
-            wide_smem=tiled((t.groups, t.block, p.H), p.operand, swizzled),
+            wide_smem=tiled((t.groups, t.block, p.H), p.operand, p.swizzled),
         )
     if t.split:
         # Parts leave a few columns at a time, the fewer the less room there is.
-        crowded = p.H % 32 == 0 and t.rows * p.H > 64 * 128
+        crowded = p.H % 32 == 0 and t.rows > 64
         columns = 32 if crowded else columns_at_once(p.H)
         types |= dict(
-            acc_smem=tiled((t.groups, t.rows, columns), jnp.float32),
+            acc_smem=unit.room(t.groups, t.rows, columns),
             stat_smem=plgpu.SMEM((t.groups, 2, t.rows), jnp.float32),
         )
-    return types | unit.scratch(t.groups, t.block, p.H, p.operand)
+    return types | unit.scratch(p, t)
 
 
 def shared_bytes(problem: Problem, tiling: Tiling, unit: Any) -> int:

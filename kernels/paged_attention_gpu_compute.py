@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer.kernels.gpu import load, row_layout
+from jaxinfer.kernels.paged_attention_gpu_units import full, over_columns
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
     COMPUTE_REGISTERS,
@@ -28,11 +29,6 @@ from jaxinfer.kernels.paged_attention_gpu_work import (
 def columns_at_once(width: int) -> int:
     """Columns of a tile that are worked on at once where a whole row would take many registers."""
     return 64 if width % 64 == 0 else width
-
-
-def _over_columns(x: Array, shape: tuple[int, ...]) -> Array:
-    """A number for each row, beside every column."""
-    return lax.broadcast_in_dim(x, shape, [0])
 
 
 @dataclass
@@ -67,20 +63,16 @@ class Computer(Worker):
             plgpu.barrier_arrive(self.scratch["free"].at[slot])
             return carry
 
-        def take_turn(n, carry):
-            first, mine = n * t.groups, n * t.groups + self.group
-            lax.fori_loop(first, mine, pass_by, None)
-            carry = take(mine, carry)
-            lax.fori_loop(mine + 1, jnp.minimum(first + t.groups, blocks), pass_by, None)
-            return carry
-
-        # Every warpgroup sees every block arrive and go, also those that are not its own.
         if t.split:
-            turns = div(blocks - self.group + t.groups - 1, t.groups)
-            carry = lax.fori_loop(0, turns, take_turn, self._start())
-            lax.fori_loop(turns * t.groups, blocks, pass_by, None)
-            self._store_part(carry, item, head)
+            # Each has places of its own in the ring, and meets them in turn.
+            first = rem(self.group + t.groups - rem(before, t.groups), t.groups)
+            turns = div(blocks - first + t.groups - 1, t.groups)
+            carry = lax.fori_loop(
+                0, turns, lambda n, carry: take(first + n * t.groups, carry), self._start()
+            )
+            self._store_part(carry, item, head, first)
         else:
+            # Every warpgroup sees every block arrive and go, also those that it does not need.
             self.position += self.group * t.tokens(p)
             end = jnp.minimum(self.position + t.tokens(p), self.kv_len)
             mine = div(end - begin + t.block - 1, t.block)
@@ -100,20 +92,16 @@ class Computer(Worker):
             plgpu.copy_gmem_to_smem(source, self.q_ref, arrived)
         plgpu.barrier_wait(arrived)
 
-    def _full(self, value: float, *shape: int) -> Array:
-        layout = self.unit.LAYOUT if len(shape) == 2 else self.unit.LAYOUT.reduce(1)
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
     def _start(self) -> tuple[Array, Array, Array]:
         """Weighted values, maxima in base 2, sums of weights: nothing seen yet."""
-        rows = self.t.rows
-        return self._full(0, rows, self.p.H), self._full(FLOOR, rows), self._full(0, rows)
+        rows, layout = self.t.rows, self.unit.LAYOUT.reduce(1)
+        return self.unit.start(rows, self.p.H), full(FLOOR, layout, rows), full(0, layout, rows)
 
     def _fold(self, carry, slot: Array, start: Array):
         """Fold the block in `slot`, whose first position is `start`, into an online softmax."""
         p, scratch = self.p, self.scratch
         acc, peak, total = carry
-        scores = self.unit.scores(self.q_ref, self._operand(scratch["k_smem"].at[slot]))
+        scores = self.unit.scores(self.q_ref, *self._keys(scratch["k_smem"].at[slot]))
         column = self.unit.LAYOUT.reduce(0)
         # Scores times `factor` are in base 2: the multiplication fuses with the subtraction below.
         factor = p.scale * (LOG2E if p.soft_cap is None else 1)
@@ -127,7 +115,7 @@ class Computer(Worker):
         scores = self._mask(scores, start)
         new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
         shrink = jnp.exp2(peak - new_peak)
-        weights = jnp.exp2(scores * factor - _over_columns(new_peak, scores.shape))
+        weights = jnp.exp2(scores * factor - over_columns(new_peak, scores.shape))
         total = total * shrink + weights.sum(axis=1)
         written = self.kv_len - start
         if p.quantized:
@@ -136,10 +124,25 @@ class Computer(Worker):
             scale = jnp.where(at < written, scale * p.lift, 0.0)  # an unwritten scale may be NaN
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
         weights = weights.astype(p.operand)
-        acc = acc * _over_columns(shrink, acc.shape)
         v_ref = self._operand(scratch["v_smem"].at[slot])
         pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
-        return self.unit.weigh(acc, weights, v_ref), new_peak, total
+        return self.unit.weigh(acc, shrink, weights, v_ref), new_peak, total
+
+    def _keys(self, ref: Any) -> list[Any]:
+        """Keys as the matrix unit takes them, before their scales."""
+        if self.unit.KEYS is None or not self.p.quantized:
+            return [self._operand(ref)]
+        parts = self._converted(load(ref, self.unit.KEYS))
+        return [plgpu.layout_cast(part, plgpu.Layout.WGMMA) for part in parts]
+
+    def _converted(self, stored: Array) -> list[Array]:
+        """Stored numbers as operands; of packed ones, the low halves before the high ones."""
+        if self.p.stored != "uint8":
+            return [stored.astype(self.p.operand)]
+        # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
+        low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
+        high = lax.bitcast_convert_type(stored & 240, jnp.int8)
+        return [low.astype(jnp.bfloat16) - 8, high.astype(jnp.bfloat16) * 0.0625]
 
     def _operand(self, ref: Any) -> Any:
         """Keys or values as the matrix unit takes them, before their scales."""
@@ -149,18 +152,9 @@ class Computer(Worker):
         wide = self.scratch["wide_smem"].at[self.group]
         step = columns_at_once(p.width)
         for at in range(0, p.width, step):
-            columns = pl.ds(at, step)
-            stored = load(ref.at[:, columns], row_layout(step))
-            if p.stored == "uint8":
-                # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
-                low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
-                high = lax.bitcast_convert_type(stored & 240, jnp.int8)
-                wide[:, columns] = low.astype(jnp.bfloat16) - 8
-                wide[:, pl.ds(p.width + at, step)] = high.astype(jnp.bfloat16) * 0.0625
-            elif p.stored == "int8":
-                wide[:, columns] = stored.astype(jnp.bfloat16)
-            else:
-                wide[:, columns] = stored.astype(p.operand)
+            stored = load(ref.at[:, pl.ds(at, step)], row_layout(step))
+            for half, part in enumerate(self._converted(stored)):
+                wide[:, pl.ds(half * p.width + at, step)] = part
         plgpu.commit_smem()
         return wide
 
@@ -204,14 +198,19 @@ class Computer(Worker):
             new_peak = jnp.maximum(peak, sink)
             shrink = jnp.exp2(peak - new_peak)
             total = total * shrink + jnp.exp2(sink - new_peak)
-            acc = acc * _over_columns(shrink, acc.shape)
-        total = jnp.where(total == 0, 1.0, total)
-        out = acc * _over_columns(1 / (total * self.p.lift), acc.shape)
-        self.q_ref[...] = out.astype(self.p.operand)
+        else:
+            shrink = 1.0
+        factor = shrink / (jnp.where(total == 0, 1.0, total) * self.p.lift)
+        each = self.unit.piece(self.p.H)
+        for at in range(0, self.p.H, each):
+            some = self.unit.columns(acc, at, each)
+            some = some * over_columns(factor, some.shape)
+            ref = self.q_ref if each == self.p.H else self.q_ref.at[:, pl.ds(at, each)]
+            ref[...] = some.astype(self.p.operand)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[item, head, self.group])
 
-    def _store_part(self, carry, item: Array, head: Array) -> None:
+    def _store_part(self, carry, item: Array, head: Array, part: Array) -> None:
         acc, peak, total = carry
         stat_ref = self.scratch["stat_smem"].at[self.group]
         acc_ref = self.scratch["acc_smem"].at[self.group]
@@ -220,8 +219,8 @@ class Computer(Worker):
         for at in range(0, self.p.H, step):
             if at:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            acc_ref[...] = acc[:, at : at + step] * (1 / self.p.lift)
+            self.unit.leave(self.unit.columns(acc, at, step) * (1 / self.p.lift), acc_ref)
             plgpu.commit_smem()
-            target = self.outs[0].at[item, head, self.group, :, pl.ds(at, step)]
+            target = self.outs[0].at[item, head, part, :, pl.ds(at, step)]
             plgpu.copy_smem_to_gmem(acc_ref.at[pl.ds(0, self.p.padded)], target)
-        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item, head, self.group])
+        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item, head, part])

@@ -1,8 +1,9 @@
 """The two matrix products of attention on the matrix units of Hopper and Blackwell.
 
-A unit serves one warpgroup, whose tile has `ROWS` rows; `LAYOUT` is how a tile lies in its
-registers.  `scores` multiplies queries with keys, `weigh` adds weighted values to an accumulator in
-registers; both have their result when they return.
+A unit serves one warpgroup, whose tile has `rows` query rows; `LAYOUT` is how a tile lies in its
+registers, and `KEYS` how keys do that come from there (None: they come from shared memory).
+`scores` multiplies queries with keys, `weigh` adds weighted values to an accumulator in registers;
+both have their result when they return.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any, ClassVar
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from jaxinfer.kernels.gpu import Gpu, load
+from jaxinfer.kernels.paged_attention_gpu_work import Problem, Tiling
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
@@ -25,15 +29,26 @@ def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
+def full(value: float, layout: Any, *shape: int) -> Array:
+    """The same number everywhere, in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def over_columns(x: Array, shape: tuple[int, ...]) -> Array:
+    """A number for each row, beside every column."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
 class Wgmma:
     """Hopper (sm_90a): the products of a warpgroup, accumulated in its registers."""
 
     ROWS: ClassVar[int] = 64
     LAYOUT: ClassVar[Any] = plgpu.Layout.WGMMA
+    KEYS: ClassVar[Any] = None
     WIDEST: ClassVar[int] = 256
 
     @staticmethod
-    def scratch(groups: int, block: int, width: int, dtype: str) -> dict[str, Any]:
+    def scratch(p: Problem, t: Tiling) -> dict[str, Any]:
         """Memory that the unit needs beside its operands."""
         return {}
 
@@ -51,54 +66,200 @@ class Wgmma:
             multiply, plgpu.WGMMAAccumulatorRef((q_ref.shape[0], k_ref.shape[0]), jnp.float32)
         )
 
-    def weigh(self, acc: Array, weights: Array, v_ref: Any) -> Array:
-        """`[rows, H]`: acc plus weights `[rows, block]` times values `[block, H]`."""
+    def start(self, rows: int, width: int) -> Array:
+        """An accumulator of zeros."""
+        return full(0, self.LAYOUT, rows, width)
+
+    def weigh(self, acc: Array, shrink: Array, weights: Array, v_ref: Any) -> Array:
+        """`[rows, H]`: acc times shrink `[rows]` plus weights `[rows, block]` times values
+        `[block, H]`."""
 
         def multiply(acc_ref):
             plgpu.wgmma(acc_ref, weights, v_ref)
 
-        start: Any = plgpu.WGMMAAccumulatorRef.init(acc)
+        start: Any = plgpu.WGMMAAccumulatorRef.init(acc * over_columns(shrink, acc.shape))
         return pl.run_state(multiply)(start)
+
+    @staticmethod
+    def room(*shape: int) -> Any:
+        """Shared memory for some columns of the accumulators of all groups."""
+        return tiled(shape, jnp.float32)
+
+    @staticmethod
+    def piece(width: int) -> int:
+        """Columns of an accumulator that lie in one array."""
+        return width
+
+    def columns(self, acc: Array, at: int, count: int) -> Array:
+        """Some columns of an accumulator, all of one piece."""
+        return acc[:, at : at + count]
+
+    def leave(self, some: Array, ref: Any) -> None:
+        """Store columns in their room, `[rows, columns]`."""
+        ref[...] = some
+
+
+class Turned:
+    """Hopper, for few query rows, a multiple of eight: those of keys and values are the unit's 64.
+
+    A tile of eight rows would fill an eighth of the unit's rows, and of the registers.  Scores
+    come out transposed, and go through shared memory into rows; so do the weights on their way
+    back.
+    """
+
+    # Two rows a warp, four neighbours a thread.
+    LAYOUT: ClassVar[Any] = plgpu.Layout.TILED(
+        plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+    )
+    KEYS: ClassVar[Any] = plgpu.Layout.WGMMA_UPCAST_2X
+
+    @staticmethod
+    def scratch(p: Problem, t: Tiling) -> dict[str, Any]:
+        return dict(
+            scores_smem=Turned.room(t.groups, t.rows, t.block),
+            weights_smem=tiled((t.groups, t.rows, t.block), p.operand, p.swizzled),
+            shrink_smem=plgpu.SMEM((t.groups, t.rows), jnp.float32),
+        )
+
+    def __init__(self, scratch: dict[str, Any], group: Array):
+        names = ("scores_smem", "weights_smem", "shrink_smem")
+        self.scores_ref, self.weights_ref, self.shrink_ref = (scratch[n].at[group] for n in names)
+
+    def scores(self, q_ref: Any, *keys: Any) -> Array:
+        """Queries `[rows, H]` times keys `[block, H]`: `[rows, block]`; the keys in shared memory,
+        or some columns after the other in registers."""
+        width, block = q_ref.shape[1] // len(keys), keys[0].shape[0]
+
+        def multiply(acc_ref):
+            for n, part in enumerate(keys):
+                some = q_ref.at[:, pl.ds(n * width, width)] if len(keys) > 1 else q_ref
+                plgpu.wgmma(acc_ref, part, some.transpose((1, 0)))
+            return acc_ref[...]
+
+        turned = pl.run_scoped(
+            multiply, plgpu.WGMMAAccumulatorRef((block, q_ref.shape[0]), jnp.float32)
+        )
+        ref = self.scores_ref.at[pl.ds(0, q_ref.shape[0])]
+        ref.transpose((1, 0))[...] = plgpu.layout_cast(turned, plgpu.Layout.WGMMA_TRANSPOSED)
+        return load(ref, self.LAYOUT, optimized=False)
+
+    @staticmethod
+    def room(*shape: int) -> Any:
+        # The odd row keeps layout inference from looking for a tiling: there is none that fits.
+        groups, rows, columns = shape
+        return plgpu.SMEM((groups, rows + 1, columns), jnp.float32)
+
+    def start(self, rows: int, width: int) -> Array:
+        return full(0, plgpu.Layout.WGMMA, width, rows)
+
+    def weigh(self, acc: Array, shrink: Array, weights: Array, v_ref: Any) -> Array:
+        """`[H, rows]`: as `Wgmma.weigh`, transposed."""
+        self.weights_ref[...] = plgpu.layout_cast(weights, self.LAYOUT)
+        self.shrink_ref[...] = plgpu.layout_cast(shrink, self.LAYOUT.reduce(1))
+        plgpu.commit_smem()
+        shrink = load(self.shrink_ref, plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+        def multiply(acc_ref):
+            turned = (ref.transpose((1, 0)) for ref in (v_ref, self.weights_ref))
+            plgpu.wgmma(acc_ref, *turned)
+
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [1])
+        start: Any = plgpu.WGMMAAccumulatorRef.init(plgpu.layout_cast(acc, plgpu.Layout.WGMMA))
+        return plgpu.layout_cast(pl.run_state(multiply)(start), plgpu.Layout.WGMMA)
+
+    def columns(self, acc: Array, at: int, count: int) -> Array:
+        return acc[at : at + count]
+
+    def leave(self, some: Array, ref: Any) -> None:
+        some = plgpu.layout_cast(some, plgpu.Layout.WGMMA_TRANSPOSED)
+        ref.at[pl.ds(0, some.shape[1])].transpose((1, 0))[...] = some
 
 
 class Tcgen05:
-    """Blackwell (sm_100a): products land in tensor memory; weights go through shared memory."""
+    """Blackwell (sm_100a): products land in tensor memory; weights go through shared memory.
+
+    The accumulator stays there, too: beside scores it would not fit into registers.
+    """
 
     ROWS: ClassVar[int] = 128
     LAYOUT: ClassVar[Any] = plgpu.Layout.TCGEN05
-    WIDEST: ClassVar[int] = 128  # the accumulator of a wider head does not fit into registers
+    KEYS: ClassVar[Any] = None
+    WIDEST: ClassVar[int] = 128  # that of a wider head for two warpgroups does not fit
 
     @staticmethod
-    def scratch(groups: int, block: int, width: int, dtype: str) -> dict[str, Any]:
+    def scratch(p: Problem, t: Tiling) -> dict[str, Any]:
         return dict(
-            scores_tmem=plgpu.TMEM((128, groups * block), jnp.float32),
-            values_tmem=plgpu.TMEM((128, groups * width), jnp.float32),
-            weights_smem=tiled((groups, 128, block), dtype),
-            product=plgpu.Barrier(num_barriers=groups, orders_tensor_core=True),
+            scores_tmem=plgpu.TMEM((128, t.groups * t.block), jnp.float32),
+            values_tmem=plgpu.TMEM((128, t.groups * p.H), jnp.float32),
+            weights_smem=tiled((t.groups, 128, t.block), p.operand),
+            product=plgpu.Barrier(num_barriers=t.groups, orders_tensor_core=True),
         )
 
     def __init__(self, scratch: dict[str, Any], group: Array):
         self.refs, self.group = scratch, group
 
-    def _multiply(self, name: str, left_ref: Any, right_ref: Any) -> Array:
-        columns = right_ref.shape[1]
-        out_tmem = self.refs[name].at[:, pl.ds(self.group * columns, columns)]
+    def _columns(self, name: str, of: int, at: int, count: int) -> Any:
+        """Some of the `of` columns that a warpgroup has in tensor memory."""
+        return self.refs[name].at[:, pl.ds(self.group * of + at, count)]
+
+    def _multiply(self, out_tmem: Any, left_ref: Any, right_ref: Any, *, add: bool) -> None:
         done = self.refs["product"].at[self.group]
-        plgpu.tcgen05_mma(out_tmem, left_ref, right_ref, done, accumulate=False)
+        plgpu.tcgen05_mma(out_tmem, left_ref, right_ref, done, accumulate=add)
         plgpu.barrier_wait(done)
-        out = plgpu.async_load_tmem(out_tmem, layout=self.LAYOUT)
+
+    def _load(self, ref: Any) -> Array:
+        out = plgpu.async_load_tmem(ref, layout=self.LAYOUT)
         plgpu.wait_load_tmem()
         return out
 
     def scores(self, q_ref: Any, k_ref: Any) -> Array:
-        return self._multiply("scores_tmem", q_ref, k_ref.transpose((1, 0)))
+        block = k_ref.shape[0]
+        out_tmem = self._columns("scores_tmem", block, 0, block)
+        self._multiply(out_tmem, q_ref, k_ref.transpose((1, 0)), add=False)
+        return self._load(out_tmem)
 
-    def weigh(self, acc: Array, weights: Array, v_ref: Any) -> Array:
+    def start(self, rows: int, width: int) -> tuple[()]:
+        self.width, each = width, self.piece(width)
+        for at in range(0, width, each):
+            ref = self._columns("values_tmem", width, at, each)
+            plgpu.async_store_tmem(ref, full(0, self.LAYOUT, rows, each))
+        plgpu.commit_tmem()
+        return ()
+
+    def weigh(self, acc: tuple[()], shrink: Array, weights: Array, v_ref: Any) -> tuple[()]:
         weights_ref = self.refs["weights_smem"].at[self.group]
         weights_ref[...] = weights
         plgpu.commit_smem()
-        return acc + self._multiply("values_tmem", weights_ref, v_ref)
+        width, each = self.width, self.piece(self.width)
+        for at in range(0, width, each):
+            ref = self._columns("values_tmem", width, at, each)
+            plgpu.async_store_tmem(ref, self._load(ref) * over_columns(shrink, ref.shape))
+        plgpu.commit_tmem()
+        self._multiply(self._columns("values_tmem", width, 0, width), weights_ref, v_ref, add=True)
+        return acc
+
+    @staticmethod
+    def room(*shape: int) -> Any:
+        return tiled(shape, jnp.float32)
+
+    @staticmethod
+    def piece(width: int) -> int:
+        return next(columns for columns in (64, 32, 16) if width % columns == 0)
+
+    def columns(self, acc: tuple[()], at: int, count: int) -> Array:
+        return self._load(self._columns("values_tmem", self.width, at, count))
+
+    def leave(self, some: Array, ref: Any) -> None:
+        ref[...] = some
 
 
 # By the major number of the compute capability.
-UNITS = {9: Wgmma, 10: Tcgen05}
+UNITS: dict[Any, Any] = {9: Wgmma, 10: Tcgen05, "turned": Turned}
+
+
+def choose_unit(gpu: Gpu, p: Problem, *, split: bool) -> tuple[Any, int]:
+    """The unit for a problem on a chip, and the query rows of its tile."""
+    unit = UNITS[gpu.capability[0]]
+    if split and issubclass(unit, Wgmma) and p.width % 64 == 0:
+        return UNITS["turned"], p.padded
+    return unit, unit.ROWS

@@ -64,6 +64,12 @@ class Problem:
         """Elements that a slot stores; two numbers of four bits are one."""
         return self.H // 2 if self.stored == "uint8" else self.H
 
+    @property
+    def swizzled(self) -> int:
+        """Columns over which operands are swizzled: both of a product must be so alike, and the
+        halves of packed numbers are written one by one."""
+        return self.width if self.stored == "uint8" else self.H
+
 
 @dataclass(frozen=True)
 class Tiling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,9 @@ from jaxinfer.work import Work, device_bytes
 
 if TYPE_CHECKING:
     from jaxinfer.step import Step
+
+# Begins the lines that say which program is compiled next.
+MARK = "jaxinfer compiles: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +142,30 @@ def compile_engine(target: str, workload: Workload, timeout: float | None = 1800
     those that a context of full length takes.  Raises as `compile_for` does, but a program that
     does not fit is part of the answer.
     """
-    return isolate.run(_compile_here, targets.parse(target), workload, timeout=timeout)[0]
+    from jaxinfer.aot.compile import warnings_in
+
+    where = targets.parse(target)
+    found, said = isolate.run(_compile_here, where, workload, timeout=timeout)
+    programs = {
+        name: dataclasses.replace(report, warnings=warnings_in(_about(name, said)))
+        for name, report in found.programs.items()
+    }
+    return dataclasses.replace(found, programs=programs)
+
+
+def _say(name: str) -> None:
+    """Mark where what compilers say of a program begins, on both of the streams that they use."""
+    for stream in (sys.stdout, sys.stderr):
+        print(f"{MARK}{name}", file=stream, flush=True)
+
+
+def _about(name: str, said: str) -> str:
+    """What was said between the mark of a program and the next one.
+
+    Of a kernel that several programs have, the compiler speaks once, with the first of them.
+    """
+    parts = (part.partition("\n") for part in said.split(MARK)[1:])
+    return "".join(text for of, _, text in parts if of == name)
 
 
 def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
@@ -156,6 +183,7 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
         lowerings["prefill"] = (lambda: step.lower_backbone(weights, limits.max_num_tokens), 1)
     programs, refused = {}, {}
     for name, (lower, turns) in lowerings.items():
+        _say(name)
         with jax.set_mesh(step.mesh):
             started = time.perf_counter()
             lowered = lower()

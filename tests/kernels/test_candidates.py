@@ -101,9 +101,10 @@ NEW_JAX = pytest.mark.skipif(
     ("changes", "words"),
     [
         ({"split": False}, "split must be True"),
-        ({"rows": 128}, "rows must be 64"),
+        ({"rows": 128}, "rows must be 8"),
         ({"block": 96}, "block must be 64 or 128"),
         ({"groups": 3}, "groups 1 or 2"),
+        ({"stages": 3}, "equally many of each"),
         ({"stages": 40}, "bytes do not fit 232448"),
     ],
 )

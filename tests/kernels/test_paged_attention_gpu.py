@@ -33,13 +33,30 @@ class Interpreted(units.Wgmma):
     def scores(self, q_ref, k_ref):
         return jnp.dot(q_ref[...], k_ref[...].T, preferred_element_type=jnp.float32)
 
-    def weigh(self, acc, weights, v_ref):
-        return acc + jnp.dot(weights, v_ref[...], preferred_element_type=jnp.float32)
+    def weigh(self, acc, shrink, weights, v_ref):
+        weighed = jnp.dot(weights, v_ref[...], preferred_element_type=jnp.float32)
+        return acc * shrink[:, None] + weighed
+
+
+class InterpretedTurned(units.Turned):
+    """Transposed as the kernel has it, keys in registers or not."""
+
+    def scores(self, q_ref, *keys):
+        keys = jnp.concatenate([key[...] for key in keys], axis=1)
+        turned = jnp.dot(keys, q_ref[...].T, preferred_element_type=jnp.float32)
+        self.scores_ref[: q_ref.shape[0]] = turned.T
+        return self.scores_ref[: q_ref.shape[0]]
+
+    def weigh(self, acc, shrink, weights, v_ref):
+        self.weights_ref[...], self.shrink_ref[...] = weights, shrink
+        weighed = jnp.dot(v_ref[...].T, self.weights_ref[...].T, preferred_element_type=jnp.float32)
+        return acc * self.shrink_ref[...][None] + weighed
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     monkeypatch.setitem(units.UNITS, 9, Interpreted)
+    monkeypatch.setitem(units.UNITS, "turned", InterpretedTurned)
     # A part holds few slots, or no row here would have two.
     monkeypatch.setattr(attention, "SHORTEST_PART", 64)
     parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]

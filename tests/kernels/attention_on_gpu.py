@@ -1,0 +1,131 @@
+"""Attention over pages on the GPU at hand: right for every case, and how fast a loop of it is.
+
+    python -m tests.kernels.attention_on_gpu          # both
+    python -m tests.kernels.attention_on_gpu --check  # only whether it is right
+
+Prints a line for each case; the exit code counts those that failed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxinfer.configs import find_chip
+from jaxinfer.kernels import cases, timing, workloads
+from jaxinfer.kernels import paged_attention_gpu as attention
+from jaxinfer.kernels.gpu import Gpu
+from jaxinfer.step import COMPILER_OPTIONS
+from tests.kernels.ragged import Batch
+
+SCALE = 0.2
+CLOSE = 2e-2  # as under the interpreter
+GROUP8 = dict(K=8, G=8, H=128, S=64)
+# 256 MiB of keys and values and more, by few rows and by many.
+LONG = {
+    "8x8x128, 128 x 512": cases.Case(((1, 512),) * 128, **GROUP8),
+    "8x8x128, 64 x 1k": cases.Case(((1, 1024),) * 64, **GROUP8),
+    "8x8x128, 16 x 8k": cases.Case(((1, 8192),) * 16, **GROUP8),
+    "8x8x128, 4 x 32k": cases.Case(((1, 32768),) * 4, **GROUP8),
+    "8x8x128, 1 x 128k": cases.Case(((1, 131072),), **GROUP8),
+}
+TIMED = LONG | {
+    f"8x8x128, {rows}, {stored}": replace(LONG[f"8x8x128, {rows}"], stored=stored)
+    for stored in ("float8_e4m3fn", "int8", "uint8")
+    for rows in ("64 x 1k", "4 x 32k")
+}
+TIMED |= {
+    name: cases.REAL[name]
+    for name in (
+        "llama-3.1-8b, decode 64 x 1k",
+        "gpt-oss-20b, decode 64 x 1k",
+        "llama-3.1-8b, prefill 2048",
+        "llama-3.1-8b, prefill 2048, float8_e4m3fn",
+        "llama-3.1-8b, mixed 32 x 1k + 1024",
+    )
+}
+TIMED |= {"llama-3.1-8b, prefill 8192": cases.Case(((8192, 8192),), K=8, G=4, H=128, S=64)}
+
+
+def failures(gpu: Gpu) -> int:
+    """How many of the small cases come out wrong, or change from one run to the next."""
+    wrong = 0
+    for name, case in cases.SMALL.items():
+        q_TKGH, pool, _ = cases.abstract(case)
+        if attention.why_not(gpu, q_TKGH, pool) is None:
+            wrong += not _good(gpu, name, case)
+    return wrong
+
+
+def _good(gpu: Gpu, name: str, case: cases.Case) -> bool:
+    batch = Batch.of(case, SCALE)
+    options: dict[str, Any] = dict(window=case.window, soft_cap=case.soft_cap)
+    kernel = jax.jit(partial(attention.paged_attention, gpu=gpu, scale=SCALE, **options))
+    runs = [
+        np.asarray(kernel(batch.q, batch.after, batch.rows, sinks_KG=batch.sinks), np.float64)
+        for _ in range(3)
+    ]
+    try:
+        np.testing.assert_allclose(runs[0][: case.num_tokens], batch.want, rtol=CLOSE, atol=CLOSE)
+        assert np.isfinite(runs[0]).all(), "padding is not finite"
+        assert all((run == runs[0]).all() for run in runs), "the runs differ"
+        said = "good"
+    except AssertionError as error:
+        said = f"WRONG: {error}"
+    print(name, said, flush=True)
+    return said == "good"
+
+
+def microseconds(gpu: Gpu, case: cases.Case, calls: int = 8, turns: int = 20, **tilings: Any):
+    """Of one call among many of a step, in microseconds: what all layers share is done once."""
+    q, pool, rows, sinks = workloads.arguments("paged_attention", case)
+    kernel = partial(
+        attention.paged_attention, gpu=gpu, scale=case.H**-0.5, window=case.window,
+        soft_cap=case.soft_cap, sinks_KG=sinks, **tilings,
+    )  # fmt: skip
+
+    def layers(q: Array, pool: Any, rows: Any) -> Array:
+        x = q
+        for _ in range(calls):
+            x = q + kernel(x, pool, rows) * 0.01
+        return x
+
+    options: Any = COMPILER_OPTIONS.get("gpu")
+    step = jax.jit(layers).lower(q, pool, rows).compile(compiler_options=options)
+    jax.block_until_ready([step(q, pool, rows) for _ in range(3)])
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready([step(q, pool, rows) for _ in range(turns)])
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken) / turns / calls * 1e6
+
+
+def report(gpu: Gpu) -> None:
+    """Time, and its share of what copying the bytes or multiplying takes, of each case."""
+    ceilings = timing.ceilings("gpu")
+    print(jax.devices()[0].device_kind, ceilings, flush=True)
+    for name, case in TIMED.items():
+        num_bytes, flops = workloads.work("paged_attention", case)
+        floor = max(num_bytes / ceilings.bytes_per_second, flops / ceilings.flops_per_second) * 1e6
+        taken = microseconds(gpu, case)
+        print(f"{name:48} {taken:9.1f} us, {floor / taken:6.1%} of {floor:.1f} us", flush=True)
+
+
+if __name__ == "__main__":
+    chip = find_chip(jax.devices()[0].device_kind)
+    if chip is None or chip.gpu is None:
+        sys.exit(f"no sheet in configs/hardware is of a {jax.devices()[0].device_kind}")
+    here = Gpu.of(chip)
+    found = failures(here)
+    if "--check" not in sys.argv:
+        report(here)
+    sys.exit(min(found, 100))
