@@ -22,6 +22,8 @@ from jaxinfer.shapes import Leaf
 # takes longer than computing with them (FLOP/s over twice the weights that arrive in a second).  On
 # the CPU also the width of the tiles in which products are computed: 24 tokens take longer than 32.
 FINEST = {"cpu": 16}
+# On a GPU one token takes longer than two: a norm of it is two kernels, and of two tokens one.
+SMALLEST = {"gpu": 2}
 
 
 @struct.dataclass
@@ -78,8 +80,12 @@ class Buckets:
         tokens, rows = limits.max_num_tokens, limits.max_batch_size
         if deterministic:
             return cls((tokens,), (rows,), max_rows=tokens)
-        finest = FINEST.get(platform, 256)
-        return cls(bucket_sizes(tokens, finest), bucket_sizes(rows, max(finest, 32)), rows)
+        finest, smallest = FINEST.get(platform, 256), min(SMALLEST.get(platform, 1), rows)
+        return cls(
+            bucket_sizes(tokens, finest, smallest),
+            bucket_sizes(rows, max(finest, 32), smallest),
+            rows,
+        )
 
     def num_tokens(self, count: int) -> int:
         """Tokens of the smallest backbone that holds `count`."""
@@ -90,13 +96,13 @@ class Buckets:
         return min(num_tokens, self.max_rows)
 
 
-def bucket_sizes(limit: int, finest: int) -> tuple[int, ...]:
-    """Sizes up to `limit`: powers of two to `finest`, then four steps an octave, but none smaller
-    than `finest`: every size is a program to compile.
+def bucket_sizes(limit: int, finest: int, smallest: int = 1) -> tuple[int, ...]:
+    """Sizes from `smallest` to `limit`: powers of two to `finest`, then four steps an octave, but
+    none smaller than `finest`: every size is a program to compile.
 
     Powers of two alone waste a quarter of the rows; four steps an octave waste under 8 %.
     """
-    sizes, size = [], 1
+    sizes, size = [], smallest
     while size < limit:
         sizes.append(size)
         size += size if size < finest else max(2 ** (size.bit_length() - 1) // 4, finest)
