@@ -13,7 +13,7 @@ import numpy as np
 from jaxinfer.configs import find_chip
 from jaxinfer.work import Work
 
-COPY_BYTES = 2**28
+READ_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Peaks:
 
 
 def peaks(device: Any, dtype: str) -> Peaks:
-    """A device's limits: from its fact sheet, or else a copy measured now."""
+    """A device's limits: from its fact sheet, or else measured now."""
     chip = find_chip(device.device_kind)
     if chip is None:
         return Peaks(
-            copy_bandwidth(device, COPY_BYTES),
-            f"a copy of {COPY_BYTES >> 20} MiB measured in this run (bytes read plus written)",
+            read_bandwidth(device, READ_BYTES),
+            f"a vector times {READ_BYTES >> 20} MiB, measured in this run",
             None,
             f"no peak is known for {device.device_kind!r}",
         )
@@ -45,23 +45,23 @@ def peaks(device: Any, dtype: str) -> Peaks:
     )
 
 
-def copy_bandwidth(device: Any, size: int, rounds: int = 5) -> float:
-    """Bytes per second, read plus written, of the fastest of several copies of `size` bytes.
+def read_bandwidth(device: Any, size: int, rounds: int = 5) -> float:
+    """Bytes per second of the fastest of several products of a matrix of `size` bytes and a vector,
+    which is what decoding one token does with a weight.
 
     A run whose weights or pages stay in a cache of the processor can exceed it.
     """
     import jax
-    import jax.numpy as jnp
 
-    source = jax.device_put(np.zeros(size // 4, np.float32), device)
-    copy = jax.jit(lambda array: array + jnp.float32(1))
-    copy(source).block_until_ready()
+    matrix = jax.device_put(np.ones((size // 2**14, 2**12), np.float32), device)
+    product = jax.jit(lambda matrix: matrix @ matrix[0])
+    product(matrix).block_until_ready()
     fastest = math.inf
     for _ in range(rounds):
         started = time.perf_counter()
-        copy(source).block_until_ready()
+        product(matrix).block_until_ready()
         fastest = min(fastest, time.perf_counter() - started)
-    return 2 * source.nbytes / fastest
+    return matrix.nbytes / fastest
 
 
 def utilisation(work: Work, seconds: float, limits: Peaks) -> dict[str, Any]:

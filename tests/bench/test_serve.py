@@ -182,7 +182,7 @@ def test_utilisation_and_peaks(monkeypatch):
     assert peaks.bytes_per_second == pytest.approx(7.38e12 / 2)  # a chip is two devices
     assert peaks.flops == pytest.approx(2307e12 / 2)
     assert roofline.peaks(Device(), "float32").flops is None
-    monkeypatch.setattr(roofline, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(roofline, "READ_BYTES", 2**20)
     cpu = roofline.peaks(jax.devices()[0], "float32")
     assert cpu.bytes_per_second > 0
     assert "measured in this run" in cpu.bytes_source
