@@ -23,6 +23,7 @@ from jaxinfer.shapes import Leaf
 # the CPU also the width of the tiles in which products are computed: 24 tokens take longer than 32.
 FINEST = {"cpu": 16}
 # On a GPU one token takes longer than two: a norm of it is two kernels, and of two tokens one.
+# (Where one row is all there may be, two tokens are taken for a prompt's, so that 1 it is.)
 SMALLEST = {"gpu": 2}
 
 
@@ -77,7 +78,8 @@ class Buckets:
     def for_limits(cls, limits: Limits, platform: str, deterministic: bool = False) -> Buckets:
         """All sizes up to the limits; if deterministic one alone, and a row per token, so that
         every token goes through the same operations whatever else is in the step."""
-        tokens, rows = limits.max_num_tokens, limits.max_batch_size
+        rows = limits.max_batch_size
+        tokens = min(limits.max_num_tokens, rows * limits.max_seq_len)  # no step can have more
         if deterministic:
             return cls((tokens,), (rows,), max_rows=tokens)
         finest, smallest = FINEST.get(platform, 256), min(SMALLEST.get(platform, 1), rows)

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -155,16 +156,22 @@ class LLM:
     def _advance(self) -> None:
         """Run one turn for whoever pulls; a failure on the device ends all requests."""
         with self._lock, interrupts_held():
-            self._check_open()
-            try:
+            with self._device():
                 plan = self._turn()
-            except Exception as error:
-                self._closed = f"a step failed: {error}"
-                raise EngineClosedError(
-                    f"a step failed on the device, and its state is gone with it: {error}"
-                ) from error
             if plan and self.observer is not None:
                 self.observer(plan)
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        """For work on the device's state: it is given away, so whatever fails takes it along."""
+        self._check_open()
+        try:
+            yield
+        except Exception as error:
+            self._closed = f"a step failed: {error}"
+            raise EngineClosedError(
+                f"a step failed on the device, and its state is gone with it: {error}"
+            ) from error
 
     def _check_open(self) -> None:
         if self._closed:
@@ -324,14 +331,13 @@ class LLM:
     # -- what callers use ---------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Run every compiled program once, on tokens that are nobody's.
+        """Run every program of a step once, on tokens that are nobody's.
 
         The first run of a program takes longer than the next: a fifth of a second on a CPU, whose
         libraries prepare each product then.  Call it before anything is timed.
         """
-        with self._lock:
-            self._check_open()
-            for num_tokens in self.step.buckets.tokens:
+        for num_tokens in self.step.buckets.tokens:
+            with self._lock, interrupts_held(), self._device():
                 batch = idle(num_tokens, self.step.buckets, self.limits, self._sampling)
                 self._state, _ = self.step(self._weights, self._state, batch)
                 jax.block_until_ready(self._state)
@@ -379,32 +385,54 @@ class LLM:
             collector = self._submit(prompts, sampling_params, priority=priority)
             self._finish_all([collector], bool(use_tqdm))
             return collector.output
+        return self._generate_each(prompts, sampling_params, priority, use_tqdm)
+
+    def _generate_each(
+        self,
+        prompts: Sequence[Prompt | RequestError],
+        sampling_params: Any,
+        priority: Any,
+        use_tqdm: bool | None,
+    ) -> list[RequestOutput]:
         params = _per_prompt("sampling_params", sampling_params, prompts)
         ranks = _per_prompt("priority", priority, prompts)
         progress = len(prompts) > 16 if use_tqdm is None else use_tqdm
         return self._generate_list(prompts, params, ranks, progress)
 
-    def chat(self, messages: Any, sampling_params: Any = None, **template_options: Any) -> Any:
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        *,
+        priority: Any = 0,
+        use_tqdm: bool | None = None,
+        **template_options: Any,
+    ) -> Any:
         """Generate the next message of one conversation, or of each in a list of them.
 
-        messages: `[{"role": "user", "content": "…"}, …]`.  template_options: for the template.
-        In a list, a conversation that cannot be served gets an output with `error` set.
+        messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists.
+        template_options: for the template.  The other arguments and the results are as those of
+        `generate`: in a list, a conversation that cannot be served gets an output with `error` set.
 
         Raises `TokenizerError` if the tokenizer has no chat template, `RequestError` if the one
         conversation is bad.
         """
-        if messages and isinstance(messages[0], dict):
-            return self.generate(self.chat_prompt(messages, **template_options), sampling_params)
         self._chat_tokenizer()
+        if not isinstance(messages, (list, tuple)):
+            raise RequestError(
+                "messages must be a list of {'role': …, 'content': …}, or a list of such lists, "
+                f"not {type(messages).__name__}"
+            )
+        if messages and isinstance(messages[0], dict):
+            prompt = self.chat_prompt(list(messages), **template_options)
+            return self.generate(prompt, sampling_params, priority=priority, use_tqdm=use_tqdm)
         prompts: list[Prompt | RequestError] = []
         for each in messages:
             try:
                 prompts.append(self.chat_prompt(each, **template_options))
             except RequestError as error:
                 prompts.append(error)
-        count = len(prompts)
-        params = _per_prompt("sampling_params", sampling_params, messages)
-        return self._generate_list(prompts, params, [0] * count, count > 16)
+        return self._generate_each(prompts, sampling_params, priority, use_tqdm)
 
     def chat_prompt(self, messages: list[dict[str, Any]], **template_options: Any) -> list[int]:
         """Token ids of a conversation, up to where the next message begins."""
@@ -565,7 +593,7 @@ def _is_one(prompts: Any) -> bool:
     return len(prompts) > 0 and not isinstance(prompts[0], (str, list, tuple, np.ndarray))
 
 
-def _per_prompt(name: str, value: Any, prompts: Sequence[Prompt]) -> list[Any]:
+def _per_prompt(name: str, value: Any, prompts: Sequence[Any]) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         return [value] * len(prompts)
     if len(value) != len(prompts):

@@ -36,7 +36,7 @@ def add_fields(
         default: Any = field.default
         if isinstance(default, bool):
             default = "on" if default else "off"
-        note = "" if default in (None, ()) else f" (default: {default})"
+        note = "" if default in (None, (), dataclasses.MISSING) else f" (default: {default})"
         group.add_argument(
             "--" + renamed.get(name, field.name).replace("_", "-"),
             *aliases.get(name, ()),

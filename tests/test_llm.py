@@ -216,6 +216,25 @@ def test_a_bad_conversation_fails_alone(tmp_path):
         assert first.outputs[0].token_ids == llm.generate(PROMPTS[0], GREEDY).outputs[0].token_ids
         with pytest.raises(RequestError, match="no critics"):
             llm.chat(bad, GREEDY)
+        for wrong in ("hi", good[0], None):
+            with pytest.raises(RequestError, match="messages must be a list"):
+                llm.chat(wrong, GREEDY)
+        assert llm.chat([], GREEDY) == []
+        with pytest.raises(RequestError, match="priority has 1 entries for 2 prompts"):
+            llm.chat([good, good], GREEDY, priority=[1])
+
+
+def test_a_warm_up_that_fails_closes_the_engine():
+    with LLM("demo", max_batch_size=2, max_num_tokens=8, max_seq_len=64) as llm:
+
+        def fail(*args):
+            raise RuntimeError("no device")
+
+        llm.step._backbones[4] = fail
+        with pytest.raises(EngineClosedError, match="no device"):
+            llm.warm_up()
+        with pytest.raises(EngineClosedError, match="cannot be used any more"):
+            llm.generate(PROMPTS[0], GREEDY)
 
 
 def test_an_observer_that_fails_costs_no_engine(llm):

@@ -93,7 +93,7 @@ def test_packed_arrays_share_no_memory_with_the_plan(tiny_model):
 
 
 @pytest.mark.parametrize("finest", [8, 16, 256])
-def test_bucket_sizes_waste_little(finest):
+def test_bucket_sizes_are_a_quarter_of_an_octave_apart_or_the_finest(finest):
     for limit in (1, 7, 32, 100, 256, 2048, 8192):
         sizes = bucket_sizes(limit, finest)
         assert sizes[-1] == limit
@@ -120,7 +120,15 @@ def test_default_limits_compile_few_programs():
 
 
 @pytest.mark.parametrize(
-    "limits", [{}, {"max_batch_size": 5, "max_num_tokens": 100}, {"max_batch_size": 1}]
+    "limits",
+    [
+        {},
+        {"max_batch_size": 5, "max_num_tokens": 100},
+        {"max_batch_size": 1},
+        {"max_batch_size": 1, "max_seq_len": 10},
+        {"max_batch_size": 3, "max_seq_len": 17, "max_num_tokens": 200},
+        {"deterministic": True},
+    ],
 )
 def test_warm_up_runs_every_program_and_leaves_no_trace(tiny_model, limits):
     with LLM(tiny_model, **ENGINE | limits) as llm:

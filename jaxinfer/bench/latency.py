@@ -12,8 +12,8 @@ HELP = "time to first token, per further token and per request, one request at a
 DESCRIPTION = """\
 Runs a data set one request after another (concurrency 1) and reports time to first token (TTFT),
 time per further token (TPOT) and per request.  Unless told otherwise max_batch_size is 1.  Decoding
-is greedy, and outputs have the length that the data set says.  All programs are compiled, and a few
-requests served, before the measurement."""
+is greedy, and outputs have the length that the data set says.  All programs are compiled and run
+once, and a few requests served, before the measurement."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

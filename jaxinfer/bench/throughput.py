@@ -12,8 +12,8 @@ HELP = "tokens per second, and latencies, of a data set under load"
 DESCRIPTION = """\
 Runs a data set as fast as the engine takes it, or as it arrives, and reports throughput, latency,
 time to first token (TTFT) and per further token (TPOT), padding, MBU and MFU, memory.  Decoding is
-greedy, and outputs have the length that the data set says.  All programs are compiled, and a few
-requests served, before the measurement."""
+greedy, and outputs have the length that the data set says.  All programs are compiled and run
+once, and a few requests served, before the measurement."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
