@@ -63,7 +63,7 @@ def once(case):
         ("w8a16", "bf16 x bf16 -> f32"),
     ],
 )
-@pytest.mark.parametrize("target", ["v5e:1", "v6e:1", "tpu7x:1", "h200:1", "b200:1"])
+@pytest.mark.parametrize("target", [*VMEM, "h100:1", "h200:1", "b200:1"])
 def test_a_scale_for_all_of_d_needs_no_kernel(name, product, target):
     case = dense(name)
     report = compile_for(target, quantized_matmul, *arguments(case))
@@ -75,7 +75,7 @@ def test_a_scale_for_all_of_d_needs_no_kernel(name, product, target):
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if FORMATS[n].rows])
-@pytest.mark.parametrize("target", ["v6e:1", H200, B200])
+@pytest.mark.parametrize("target", [*VMEM, H100, H200, B200])
 def test_a_scale_for_some_of_d_does(name, target, kernel_ran):
     """The reference writes the weight out and reads it again.  If this fails, XLA has learnt it."""
     kernel_ran("quantized_matmul", backend(target), name, chip(target))
