@@ -108,8 +108,8 @@ def _attention_gpu(case: cases.Case, chip: Chip, single: bool) -> tuple:
     shapes = [
         (groups, block)
         for groups, block in itertools.product((2, 1), (64, 128))
-        # Tensor memory holds no more than what the heuristic takes of it.
-        if first.rows == 64 or (groups, block) == (first.groups, first.block)
+        # Blackwell's tensor memory holds no more than what the heuristic takes of it.
+        if gpu.capability[0] == 9 or (groups, block) == (first.groups, first.block)
     ]
     found: tuple[Any, ...] = (first,)
     for groups, block in shapes:
