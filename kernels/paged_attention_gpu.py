@@ -152,9 +152,8 @@ def paged_attention(
         return single_BKGH
     tiles = tiles or choose(split=False)
     many_TKGH = _attend_many(q_TKGH, pool, rows, gpu, problem, tiles, sinks_KG)
-    token_T = jnp.arange(T)
-    single_TKGH = single_BKGH[jnp.minimum(token_T, B - 1)]
-    token_T = token_T[:, None, None, None]
+    single_TKGH = jnp.pad(single_BKGH, [(0, T - B), (0, 0), (0, 0), (0, 0)])
+    token_T = jnp.arange(T)[:, None, None, None]
     out_TKGH = jnp.where(token_T < rows.num_single, single_TKGH, many_TKGH)
     return jnp.where(token_T < rows.num_tokens, out_TKGH, 0)
 
@@ -171,11 +170,11 @@ def _items(per_row_B: Array, capacity: int) -> tuple[Array, Array, Array, Array]
 
 
 def _begin(first: Array, problem: Problem, tiling: Tiling) -> Array:
-    """The first slot that a query at position `first` looks at, rounded down to a piece's begin."""
+    """The first slot that a query at position `first` looks at, rounded down to a block's begin:
+    a row's blocks are the same wherever its tiles begin."""
     if problem.window is None:
         return jnp.zeros_like(first)
-    piece = min(tiling.block, problem.S)
-    return jnp.maximum(first - problem.window + 1, 0) // piece * piece
+    return jnp.maximum(first - problem.window + 1, 0) // tiling.block * tiling.block
 
 
 def _attend_single(
@@ -208,7 +207,8 @@ def _attend_single(
     kv_len_I = kv_lens_B[row_I]
     end_I = jnp.minimum(begin_I + part_B[row_I], kv_len_I)
     token_I = rows.query_starts_B[row_I]
-    work = jnp.stack([row_I, token_I, kv_len_I - 1, kv_len_I, begin_I, end_I], axis=1)
+    last_I = kv_len_I - 1
+    work = jnp.stack([row_I, token_I, last_I, kv_len_I, begin_I, end_I, last_I], axis=1)
     # Rows of one token come first, and so do their tokens.
     q = jnp.pad(q_TKGH[:B], [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
     acc, stat = body.attend(
@@ -227,25 +227,34 @@ def _attend_many(
     tiling: Tiling,
     sinks_KG: Array | None,
 ) -> Array:
-    """Rows of several tokens: `[T, K, G, H]`; the other tokens' results are undefined."""
-    T, _, G, H = q_TKGH.shape
+    """Rows of several tokens: `[T, K, G, H]`; the other tokens' results are undefined.
+
+    Tiles lie at multiples of their length, wherever rows begin: cutting the queries into them moves
+    no token past another, and XLA does it while it rotates them.  A tile in which rows meet is an
+    item of each; only the results are gathered.
+    """
+    T, K, G, H = q_TKGH.shape
     B = rows.page_table_BM.shape[0]
     each = tiling.tokens(problem)
     step = each * tiling.groups
-    several_B = (jnp.arange(B) >= rows.num_single) & (jnp.arange(B) < rows.num_rows)
-    lens_B = jnp.where(several_B, rows.query_lens_B, 0)
-    row_I, index_I, starts, count = _items(-(-lens_B // step), T // step + B)
-    token_I = rows.query_starts_B[row_I] + index_I * step
-    kv_len_I = rows.kv_lens_B[row_I]
-    position_I = kv_len_I - lens_B[row_I] + index_I * step
-    begin_I = _begin(position_I, problem, tiling)
+    tiles = -(-T // step)
+    starts_B, lens_B, kv_lens_B = rows.query_starts_B, rows.query_lens_B, rows.kv_lens_B
+    first_B = starts_B // step
+    several_B = (jnp.arange(B) >= rows.num_single) & (jnp.arange(B) < rows.num_rows) & (lens_B > 0)
+    touched_B = jnp.where(several_B, (starts_B + lens_B - 1) // step - first_B + 1, 0)
+    row_I, index_I, _, count = _items(touched_B, tiles + B)
+    tile_I = jnp.minimum(first_B[row_I] + index_I, tiles - 1)
+    kv_len_I = kv_lens_B[row_I]
+    first_I = kv_len_I - lens_B[row_I]
+    position_I = first_I + tile_I * step - starts_B[row_I]
+    begin_I = _begin(jnp.maximum(position_I, first_I), problem, tiling)
     end_I = jnp.minimum(position_I + step, kv_len_I)
-    work = jnp.stack([row_I, token_I, position_I, kv_len_I, begin_I, end_I], axis=1)
-    # Gather the (token, head) pairs of each tile end to end; its last rows may stay empty.
+    work = jnp.stack([row_I, tile_I, position_I, kv_len_I, begin_I, end_I, first_I], axis=1)
+    # A tile's (token, head) pairs lie end to end; its last rows may stay empty.
+    q = jnp.pad(q_TKGH, [(0, tiles * step - T), (0, 0), (0, 0), (0, 0)])
+    q = q.reshape(tiles, tiling.groups, each, K, G, H).transpose(0, 3, 1, 2, 4, 5)
+    q = q.reshape(tiles, K, tiling.groups, each * G, H)
     rest = tiling.rows - each * G
-    token_IWQ = token_I[:, None, None] + jnp.arange(step).reshape(1, tiling.groups, each)
-    q = q_TKGH[jnp.minimum(token_IWQ, T - 1)].transpose(0, 3, 1, 2, 4, 5)
-    q = q.reshape(*q.shape[:3], each * G, H)
     q = jnp.pad(q, [(0, 0), (0, 0), (0, 0), (0, rest), (0, 0)])
     if sinks_KG is not None:
         sinks_KG = jnp.pad(jnp.tile(sinks_KG, (1, each)), [(0, 0), (0, rest)])
@@ -254,6 +263,7 @@ def _attend_many(
         unit=choose_unit(gpu, problem, split=False)[0], multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     out = out[..., : each * G, :].reshape(*out.shape[:3], each, G, H).transpose(0, 2, 3, 1, 4, 5)
-    offset_T = jnp.arange(T) - rows.query_starts_B[rows.rows_T]
-    item_T = starts[rows.rows_T] + offset_T // step
-    return out[item_T, offset_T % step // each, offset_T % each].astype(jnp.bfloat16)
+    row = jnp.pad(rows.rows_T, (0, tiles * step - T)).reshape(tiles, tiling.groups, each)
+    tile, *inside = jnp.ogrid[:tiles, : tiling.groups, :each]
+    out = out.at[row + tile, *inside].get(mode="promise_in_bounds")
+    return out.reshape(tiles * step, K, G, H)[:T].astype(jnp.bfloat16)
