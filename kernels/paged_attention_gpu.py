@@ -58,6 +58,12 @@ def why_not(gpu: Gpu, q_TKGH: Array, pool: Pool) -> str | None:
     smallest = 32 if quantized else 16  # the scales of a page must fill 128 bytes
     if sizes["S"] not in (smallest, 32, 64, 128):
         return f"page size {sizes['S']} is not a power of two from {smallest} to 128"
+    problem = Problem(*(sizes[letter] for letter in "KGHS"), stored.name, 1.0, None, None)
+    try:
+        for split in (True, False):
+            choose_tiling(gpu, problem, split=split)
+    except ConfigError as error:
+        return str(error)
     return None
 
 
@@ -69,12 +75,13 @@ def choose_tiling(gpu: Gpu, problem: Problem, *, split: bool) -> Tiling:
     """
     unit, rows = choose_unit(gpu, problem, split=split)
     block = 128 if not split and problem.H <= 128 and rows == 64 else 64
-    for stages in range(6, 0, -GROUPS if split else -1):
+    for stages in range(6, 1, -GROUPS if split else -1):
         tiling = Tiling(split, rows, GROUPS, block, stages)
         if body.shared_bytes(problem, tiling, unit) <= gpu.shared_bytes:
             return tiling
     raise ConfigError(
-        f"shared_bytes={gpu.shared_bytes} are too few for heads of {problem.H}: use the reference"
+        f"{gpu.shared_bytes} bytes of shared memory hold no ring for {problem.G} heads of "
+        f"{problem.H}"
     )
 
 
@@ -83,6 +90,7 @@ def check_tiling(tiling: Tiling, gpu: Gpu, problem: Problem, *, split: bool) -> 
     unit, rows = choose_unit(gpu, problem, split=split)
     whole = tiling.block in (64, 128) and tiling.stages >= 2 and tiling.groups in (1, GROUPS)
     owned = not split or tiling.stages % tiling.groups == 0
+    converted = problem.quantized and unit.KEYS is not None  # the keys of a block, in registers
     needed = body.shared_bytes(problem, tiling, unit) if whole else 0
     # A thread's registers hold its share of the sums and of a block's scores, both float32.
     registers = (problem.H + tiling.block) * rows // 128
@@ -92,6 +100,7 @@ def check_tiling(tiling: Tiling, gpu: Gpu, problem: Problem, *, split: bool) -> 
             f"rows must be {rows}": tiling.rows == rows,
             f"block must be 64 or 128, stages 2 or more, groups 1 or {GROUPS}": whole,
             "the stages must be the groups', equally many of each": owned,
+            "block must be 64 where keys are converted": tiling.block == 64 or not converted,
             f"{registers} registers of a thread hold sums and scores, at most 192": registers
             <= 192,
             f"{needed} bytes do not fit {gpu.shared_bytes}": needed <= gpu.shared_bytes,
@@ -152,9 +161,8 @@ def paged_attention(
         return single_BKGH
     tiles = tiles or choose(split=False)
     many_TKGH = _attend_many(q_TKGH, pool, rows, gpu, problem, tiles, sinks_KG)
-    token_T = jnp.arange(T)
-    single_TKGH = single_BKGH[jnp.minimum(token_T, B - 1)]
-    token_T = token_T[:, None, None, None]
+    single_TKGH = jnp.pad(single_BKGH, [(0, T - B), (0, 0), (0, 0), (0, 0)])
+    token_T = jnp.arange(T)[:, None, None, None]
     out_TKGH = jnp.where(token_T < rows.num_single, single_TKGH, many_TKGH)
     return jnp.where(token_T < rows.num_tokens, out_TKGH, 0)
 
@@ -171,11 +179,11 @@ def _items(per_row_B: Array, capacity: int) -> tuple[Array, Array, Array, Array]
 
 
 def _begin(first: Array, problem: Problem, tiling: Tiling) -> Array:
-    """The first slot that a query at position `first` looks at, rounded down to a piece's begin."""
+    """The first slot that a query at position `first` looks at, rounded down to a block's begin:
+    a row's blocks are the same wherever its tiles begin."""
     if problem.window is None:
         return jnp.zeros_like(first)
-    piece = min(tiling.block, problem.S)
-    return jnp.maximum(first - problem.window + 1, 0) // piece * piece
+    return jnp.maximum(first - problem.window + 1, 0) // tiling.block * tiling.block
 
 
 def _attend_single(
@@ -208,7 +216,8 @@ def _attend_single(
     kv_len_I = kv_lens_B[row_I]
     end_I = jnp.minimum(begin_I + part_B[row_I], kv_len_I)
     token_I = rows.query_starts_B[row_I]
-    work = jnp.stack([row_I, token_I, kv_len_I - 1, kv_len_I, begin_I, end_I], axis=1)
+    last_I = kv_len_I - 1
+    work = jnp.stack([row_I, token_I, last_I, kv_len_I, begin_I, end_I, last_I], axis=1)
     # Rows of one token come first, and so do their tokens.
     q = jnp.pad(q_TKGH[:B], [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
     acc, stat = body.attend(
@@ -227,25 +236,34 @@ def _attend_many(
     tiling: Tiling,
     sinks_KG: Array | None,
 ) -> Array:
-    """Rows of several tokens: `[T, K, G, H]`; the other tokens' results are undefined."""
-    T, _, G, H = q_TKGH.shape
+    """Rows of several tokens: `[T, K, G, H]`; the other tokens' results are undefined.
+
+    Tiles lie at multiples of their length, wherever rows begin: cutting the queries into them moves
+    no token past another, and XLA does it while it rotates them.  A tile in which rows meet is an
+    item of each; only the results are gathered.
+    """
+    T, K, G, H = q_TKGH.shape
     B = rows.page_table_BM.shape[0]
     each = tiling.tokens(problem)
     step = each * tiling.groups
-    several_B = (jnp.arange(B) >= rows.num_single) & (jnp.arange(B) < rows.num_rows)
-    lens_B = jnp.where(several_B, rows.query_lens_B, 0)
-    row_I, index_I, starts, count = _items(-(-lens_B // step), T // step + B)
-    token_I = rows.query_starts_B[row_I] + index_I * step
-    kv_len_I = rows.kv_lens_B[row_I]
-    position_I = kv_len_I - lens_B[row_I] + index_I * step
-    begin_I = _begin(position_I, problem, tiling)
+    tiles = -(-T // step)
+    starts_B, lens_B, kv_lens_B = rows.query_starts_B, rows.query_lens_B, rows.kv_lens_B
+    first_B = starts_B // step
+    several_B = (jnp.arange(B) >= rows.num_single) & (jnp.arange(B) < rows.num_rows) & (lens_B > 0)
+    touched_B = jnp.where(several_B, (starts_B + lens_B - 1) // step - first_B + 1, 0)
+    row_I, index_I, _, count = _items(touched_B, tiles + B)
+    tile_I = jnp.minimum(first_B[row_I] + index_I, tiles - 1)
+    kv_len_I = kv_lens_B[row_I]
+    first_I = kv_len_I - lens_B[row_I]
+    position_I = first_I + tile_I * step - starts_B[row_I]
+    begin_I = _begin(jnp.maximum(position_I, first_I), problem, tiling)
     end_I = jnp.minimum(position_I + step, kv_len_I)
-    work = jnp.stack([row_I, token_I, position_I, kv_len_I, begin_I, end_I], axis=1)
-    # Gather the (token, head) pairs of each tile end to end; its last rows may stay empty.
+    work = jnp.stack([row_I, tile_I, position_I, kv_len_I, begin_I, end_I, first_I], axis=1)
+    # A tile's (token, head) pairs lie end to end; its last rows may stay empty.
+    q = jnp.pad(q_TKGH, [(0, tiles * step - T), (0, 0), (0, 0), (0, 0)])
+    q = q.reshape(tiles, tiling.groups, each, K, G, H).transpose(0, 3, 1, 2, 4, 5)
+    q = q.reshape(tiles, K, tiling.groups, each * G, H)
     rest = tiling.rows - each * G
-    token_IWQ = token_I[:, None, None] + jnp.arange(step).reshape(1, tiling.groups, each)
-    q = q_TKGH[jnp.minimum(token_IWQ, T - 1)].transpose(0, 3, 1, 2, 4, 5)
-    q = q.reshape(*q.shape[:3], each * G, H)
     q = jnp.pad(q, [(0, 0), (0, 0), (0, 0), (0, rest), (0, 0)])
     if sinks_KG is not None:
         sinks_KG = jnp.pad(jnp.tile(sinks_KG, (1, each)), [(0, 0), (0, rest)])
@@ -254,6 +272,7 @@ def _attend_many(
         unit=choose_unit(gpu, problem, split=False)[0], multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     out = out[..., : each * G, :].reshape(*out.shape[:3], each, G, H).transpose(0, 2, 3, 1, 4, 5)
-    offset_T = jnp.arange(T) - rows.query_starts_B[rows.rows_T]
-    item_T = starts[rows.rows_T] + offset_T // step
-    return out[item_T, offset_T % step // each, offset_T % each].astype(jnp.bfloat16)
+    row = jnp.pad(rows.rows_T, (0, tiles * step - T)).reshape(tiles, tiling.groups, each)
+    tile, *inside = jnp.ogrid[:tiles, : tiling.groups, :each]
+    out = out.at[row + tile, *inside].get(mode="promise_in_bounds")
+    return out.reshape(tiles * step, K, G, H)[:T].astype(jnp.bfloat16)

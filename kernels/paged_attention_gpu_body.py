@@ -76,13 +76,14 @@ def attend(
     unit: Any,
     multiprocessors: int,
 ) -> list[Array]:
-    """Attention of the first `count[0]` items of `work` `[items, 6]`.
+    """Attention of the first `count[0]` items of `work` `[items, 7]`.
 
-    q: of dtype `problem.operand`; if split `[T, K, padded G, H]`, else `[items, K, groups, rows,
+    q: of dtype `problem.operand`; if split `[T, K, padded G, H]`, else `[tiles, K, groups, rows,
         H]`, a tile's (token, head) pairs end to end.  sinks: `[K, rows]`, in base 2; not if split.
     Returns, if split, parts of results: sums of weighted values `[items, K, groups, padded G, H]`
     and `[items, K, groups, 2, rows]`, the maxima (base 2) that the weights are relative to and the
-    sums of the weights, all float32; else results `[items, K, groups, rows, H]` in q's dtype.
+    sums of the weights, all float32; else results `[items, K, groups, rows, H]` in q's dtype,
+    of the tile's queries that are the row's, at the sum of the row and the tile.
     """
     p, t = problem, tiling
     # A page in pieces of at most a block: the copy engine takes whole pieces.

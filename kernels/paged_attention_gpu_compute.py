@@ -15,11 +15,13 @@ from jaxinfer.kernels.paged_attention_gpu_units import full, over_columns
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
     COMPUTE_REGISTERS,
+    FIRST,
     FLOOR,
     KV_LEN,
     LOG2E,
     POSITION,
-    TOKEN,
+    ROW,
+    TILE,
     Worker,
     div,
     rem,
@@ -76,7 +78,7 @@ class Computer(Worker):
             self.position += self.group * t.tokens(p)
             end = jnp.minimum(self.position + t.tokens(p), self.kv_len)
             mine = div(end - begin + t.block - 1, t.block)
-            mine = jnp.where(self.position < self.kv_len, mine, 0)
+            mine = jnp.where((self.position < self.kv_len) & (work[item, FIRST] < end), mine, 0)
             carry = lax.fori_loop(0, mine, take, self._start())
             lax.fori_loop(mine, blocks, pass_by, None)
             self._store_result(carry, item, head)
@@ -84,12 +86,11 @@ class Computer(Worker):
     def _load_queries(self, item: Array, head: Array) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results leave from there
         arrived = self.scratch["q_full"].at[self.group]
+        source = self.inputs["q"].at[self.inputs["work"][item, TILE], head]
         if self.t.split:
-            source = self.inputs["q"].at[self.inputs["work"][item, TOKEN], head]
             plgpu.copy_gmem_to_smem(source, self.q_ref.at[pl.ds(0, self.p.padded)], arrived)
         else:
-            source = self.inputs["q"].at[item, head, self.group]
-            plgpu.copy_gmem_to_smem(source, self.q_ref, arrived)
+            plgpu.copy_gmem_to_smem(source.at[self.group], self.q_ref, arrived)
         plgpu.barrier_wait(arrived)
 
     def _start(self) -> tuple[Array, Array, Array]:
@@ -208,7 +209,9 @@ class Computer(Worker):
             ref = self.q_ref if each == self.p.H else self.q_ref.at[:, pl.ds(at, each)]
             ref[...] = some.astype(self.p.operand)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[item, head, self.group])
+        # Of two items the later one has a later row or a later tile: their sums differ.
+        place = self.inputs["work"][item, ROW] + self.inputs["work"][item, TILE]
+        plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[place, head, self.group])
 
     def _store_part(self, carry, item: Array, head: Array, part: Array) -> None:
         acc, peak, total = carry

@@ -2,8 +2,9 @@
 
 A unit serves one warpgroup, whose tile has `rows` query rows; `LAYOUT` is how a tile lies in its
 registers, and `KEYS` how keys do that come from there (None: they come from shared memory).
-`scores` multiplies queries with keys, `weigh` adds weighted values to an accumulator in registers;
-both have their result when they return.
+`scores` multiplies queries with keys, `weigh` adds weighted values to an accumulator that `start`
+made (in registers, on Blackwell in tensor memory); both have their result when they return.
+`columns` and `leave` take the accumulator out, some columns at a time.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class Wgmma:
 
 class Turned:
     """Hopper, for few query rows, a multiple of eight: those of keys and values are the unit's 64.
+    For rows of one token only: it leaves parts of a context (64 columns at a time), no results.
 
     A tile of eight rows would fill an eighth of the unit's rows, and of the registers.  Scores
     come out transposed, and go through shared memory into rows; so do the weights on their way
@@ -168,7 +170,7 @@ class Turned:
         return plgpu.layout_cast(pl.run_state(multiply)(start), plgpu.Layout.WGMMA)
 
     def columns(self, acc: Array, at: int, count: int) -> Array:
-        return acc[at : at + count]
+        return acc[at : at + count]  # `[columns, rows]`
 
     def leave(self, some: Array, ref: Any) -> None:
         some = plgpu.layout_cast(some, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -253,13 +255,14 @@ class Tcgen05:
         ref[...] = some
 
 
-# By the major number of the compute capability.
-UNITS: dict[Any, Any] = {9: Wgmma, 10: Tcgen05, "turned": Turned}
+# By the major number of the compute capability: for tiles of any kind, and for few query rows.
+UNITS: dict[int, Any] = {9: Wgmma, 10: Tcgen05}
+FOR_FEW_ROWS: dict[int, Any] = {9: Turned}
 
 
 def choose_unit(gpu: Gpu, p: Problem, *, split: bool) -> tuple[Any, int]:
     """The unit for a problem on a chip, and the query rows of its tile."""
-    unit = UNITS[gpu.capability[0]]
-    if split and issubclass(unit, Wgmma) and p.width % 64 == 0:
-        return UNITS["turned"], p.padded
-    return unit, unit.ROWS
+    major = gpu.capability[0]
+    if split and major in FOR_FEW_ROWS and p.width % 64 == 0:
+        return FOR_FEW_ROWS[major], p.padded
+    return UNITS[major], UNITS[major].ROWS

@@ -20,9 +20,9 @@ FLOOR = -1e30
 # Registers of a thread of the loading warpgroup and of two computing ones; 128 of each have 64 Ki.
 LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
 
-# Columns of the table of work: the row; where the tile's queries lie (rows of one token only) and
-# the position of the first; the row's length; the slots to visit.
-ROW, TOKEN, POSITION, KV_LEN, BEGIN, END = range(6)
+# Columns of the table of work: the row; the tile of queries; the position of the tile's begin, as
+# if the row began no later; the row's length; the slots to visit; its first query's position.
+ROW, TILE, POSITION, KV_LEN, BEGIN, END, FIRST = range(7)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ TIMED |= {"llama-3.1-8b, prefill 8192": cases.Case(((8192, 8192),), K=8, G=4, H=
 
 
 def failures(gpu: Gpu) -> int:
-    """How many of the small cases come out wrong, or change from one run to the next."""
+    """How many of the small cases come out wrong, or change from one run to the next, or with the
+    rows beside a row."""
     wrong = 0
     for name, case in cases.SMALL.items():
         q_TKGH, pool, _ = cases.abstract(case)
@@ -69,14 +70,19 @@ def _good(gpu: Gpu, name: str, case: cases.Case) -> bool:
     batch = Batch.of(case, SCALE)
     options: dict[str, Any] = dict(window=case.window, soft_cap=case.soft_cap)
     kernel = jax.jit(partial(attention.paged_attention, gpu=gpu, scale=SCALE, **options))
-    runs = [
-        np.asarray(kernel(batch.q, batch.after, batch.rows, sinks_KG=batch.sinks), np.float64)
-        for _ in range(3)
-    ]
+
+    def run(q, rows):
+        return np.asarray(kernel(q, batch.after, rows, sinks_KG=batch.sinks), np.float64)
+
+    runs = [run(batch.q, batch.rows) for _ in range(3)]
     try:
         np.testing.assert_allclose(runs[0][: case.num_tokens], batch.want, rtol=CLOSE, atol=CLOSE)
         assert np.isfinite(runs[0]).all(), "padding is not finite"
-        assert all((run == runs[0]).all() for run in runs), "the runs differ"
+        assert all((one == runs[0]).all() for one in runs), "the runs differ"
+        for row in range(int(batch.rows.num_rows)):
+            alone, span = run(*batch.alone(row)), batch.span(row)
+            same = alone[: span.stop - span.start] == runs[0][span]
+            assert same.all(), f"row {row} is another alone"
         said = "good"
     except AssertionError as error:
         said = f"WRONG: {error}"

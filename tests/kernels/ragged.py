@@ -143,6 +143,28 @@ class Batch:
         rows = split(rows) if case.row_per_token else rows
         return cls(q, *new, before, after, rows, sinks, want)
 
+    def span(self, row: int) -> slice:
+        """Where a row's tokens are."""
+        start = int(self.rows.query_starts_B[row])
+        return slice(start, start + int(self.rows.query_lens_B[row]))
+
+    def alone(self, row: int) -> tuple[np.ndarray, Rows]:
+        """Queries and rows of the same shapes: a row as the only one, its tokens the first."""
+        span, rows = self.span(row), self.rows
+        length = span.stop - span.start
+        first_B = np.arange(len(rows.kv_lens_B)) == 0
+        mine_T = np.arange(len(self.q)) < length
+        only = Rows(
+            positions_T=np.where(mine_T, np.roll(rows.positions_T, -span.start), 0),
+            rows_T=np.where(mine_T, 0, len(first_B) - 1).astype(np.int32),
+            query_starts_B=np.zeros_like(rows.query_starts_B),
+            query_lens_B=np.where(first_B, rows.query_lens_B[row], 0),
+            kv_lens_B=np.where(first_B, rows.kv_lens_B[row], 0),
+            page_table_BM=np.roll(rows.page_table_BM, -row, axis=0),
+            num_tokens=np.int32(length), num_rows=np.int32(1), num_single=np.int32(length == 1),
+        )  # fmt: skip
+        return np.roll(self.q, -span.start, axis=0), only
+
 
 def _pages(case: Case, rows: Rows, contexts: list, num_tokens: int) -> Any:
     """New keys and values `[T, K, H]`, and the pools before and after they are stored."""

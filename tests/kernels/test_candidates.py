@@ -97,6 +97,14 @@ NEW_JAX = pytest.mark.skipif(
 
 
 @NEW_JAX
+@pytest.mark.parametrize("case", ["llama-3.1-8b, decode 64 x 1k", "gpt-oss-20b, decode 64 x 1k"])
+def test_decode_attention_on_hopper_varies_all_that_may_vary(case):
+    found = candidates.sweeps("paged_attention", case, cases.REAL[case], load_chip("h100"))
+    for name in ("groups", "block", "stages"):
+        assert len({getattr(tiling, name) for tiling in found[0].choices}) > 1, name
+
+
+@NEW_JAX
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -1,5 +1,6 @@
 """The GPU kernels of attention, in the interpreter, against a float64 softmax written per token."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -56,7 +57,7 @@ class InterpretedTurned(units.Turned):
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     monkeypatch.setitem(units.UNITS, 9, Interpreted)
-    monkeypatch.setitem(units.UNITS, "turned", InterpretedTurned)
+    monkeypatch.setitem(units.FOR_FEW_ROWS, 9, InterpretedTurned)
     # A part holds few slots, or no row here would have two.
     monkeypatch.setattr(attention, "SHORTEST_PART", 64)
     parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,15 +141,41 @@ def test_a_ring_fits_wherever_nothing_is_refused(gpu):
             assert attention.choose_tiling(gpu, problem, split=split).stages > 1
 
 
-def test_a_row_does_not_depend_on_its_company():
-    """A part's bounds are its row's own affair: the same bits alone and among others."""
-    case = replace(cases.SMALL["decode-3x1x256-page128-bfloat16"], K=1, H=64, S=32)
-    batch = Batch.of(case, SCALE)
+def test_heads_for_which_there_is_no_ring_are_refused():
+    reasons = {}
+    for G, H, stored in itertools.product((1, 8, 40, 64), (64, 128, 256), ("bfloat16", "int8")):
+        q_TKGH, pool, _ = cases.abstract(cases.Case(((1, 64),), K=1, G=G, H=H, S=64, stored=stored))
+        reasons[G, H, stored] = attention.why_not(HOPPER, q_TKGH, pool)
+    assert "hold no ring for 64 heads of 256" in reasons.pop((64, 256, "bfloat16"))
+    assert "hold no ring for 64 heads of 256" in reasons.pop((64, 256, "int8"))
+    assert "hold no ring for 40 heads of 256" in reasons.pop((40, 256, "int8"))
+    assert not any(reasons.values())
 
-    def attend(rows):
-        return attention.paged_attention(batch.q, batch.after, rows, gpu=HOPPER, scale=SCALE)
+
+@pytest.mark.parametrize(
+    ("lens", "G", "window"),
+    [(cases.ROWS["decode"], 1, None), (((1, 9), (40, 200), (5, 5)), 8, 70)],
+)
+def test_a_row_does_not_depend_on_its_company(lens, G, window):
+    """The same bits alone and among others whose pages are NaN; its tiles lie elsewhere."""
+    case, row = cases.Case(lens, K=1, G=G, H=64, S=32, window=window, sinks=True), 1
+    batch = Batch.of(case, SCALE)
+    pages = batch.rows.page_table_BM[row]
+    others = ~np.isin(np.arange(batch.after.shape[0]), pages[pages > 0])[:, None, None, None]
+    k_PKSH, v_PKSH = (
+        np.where(others, np.nan, np.asarray(pages, np.float32)).astype(case.stored)
+        for pages in (batch.after.k_PKSH, batch.after.v_PKSH)
+    )
+    poisoned = replace(batch.after, k_PKSH=k_PKSH, v_PKSH=v_PKSH)
+
+    def attend(q, pool, rows):
+        return attention.paged_attention(
+            q, pool, rows, gpu=HOPPER, scale=SCALE, window=window, sinks_KG=batch.sinks
+        )
 
     quick = jax.jit(attend, compiler_options={"xla_backend_optimization_level": 0})
-    together = np.asarray(quick(batch.rows))
-    alone = replace(batch.rows, kv_lens_B=np.where(np.arange(7) == 1, batch.rows.kv_lens_B, 0))
-    np.testing.assert_array_equal(np.asarray(quick(alone))[1], together[1])
+    together = np.asarray(quick(batch.q, poisoned, batch.rows))[batch.span(row)]
+    q, only = batch.alone(row)
+    alone = np.asarray(quick(q, batch.after, only))[: len(together)]
+    assert np.isfinite(together.astype(np.float32)).all()
+    np.testing.assert_array_equal(alone, together)
