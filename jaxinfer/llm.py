@@ -299,19 +299,22 @@ class LLM:
     def _generate_list(
         self,
         prompts: Sequence[Prompt | RequestError],
-        params: Sequence[SamplingParams | None],
-        priority: Sequence[int],
-        progress: bool,
+        sampling_params: Any,
+        priority: Any,
+        use_tqdm: bool | None,
         **options: Any,
     ) -> list[RequestOutput]:
         """One output a prompt, in order; a bad prompt's output carries its error.
 
-        A prompt may be the error that was met in making it.
+        A prompt may be the error that was met in making it.  The others are as in `generate`.
         """
+        params = _per_prompt("sampling_params", sampling_params, prompts)
+        ranks = _per_prompt("priority", priority, prompts)
+        progress = len(prompts) > 16 if use_tqdm is None else use_tqdm
         outputs: list[RequestOutput] = []
         collectors = []
         try:
-            for prompt, param, rank in zip(prompts, params, priority, strict=True):
+            for prompt, param, rank in zip(prompts, params, ranks, strict=True):
                 with interrupts_held():
                     try:
                         if isinstance(prompt, RequestError):
@@ -385,19 +388,7 @@ class LLM:
             collector = self._submit(prompts, sampling_params, priority=priority)
             self._finish_all([collector], bool(use_tqdm))
             return collector.output
-        return self._generate_each(prompts, sampling_params, priority, use_tqdm)
-
-    def _generate_each(
-        self,
-        prompts: Sequence[Prompt | RequestError],
-        sampling_params: Any,
-        priority: Any,
-        use_tqdm: bool | None,
-    ) -> list[RequestOutput]:
-        params = _per_prompt("sampling_params", sampling_params, prompts)
-        ranks = _per_prompt("priority", priority, prompts)
-        progress = len(prompts) > 16 if use_tqdm is None else use_tqdm
-        return self._generate_list(prompts, params, ranks, progress)
+        return self._generate_list(prompts, sampling_params, priority, use_tqdm)
 
     def chat(
         self,
@@ -424,7 +415,7 @@ class LLM:
                 f"not {type(messages).__name__}"
             )
         if messages and isinstance(messages[0], dict):
-            prompt = self.chat_prompt(list(messages), **template_options)
+            prompt = self.chat_prompt(messages, **template_options)
             return self.generate(prompt, sampling_params, priority=priority, use_tqdm=use_tqdm)
         prompts: list[Prompt | RequestError] = []
         for each in messages:
@@ -432,9 +423,9 @@ class LLM:
                 prompts.append(self.chat_prompt(each, **template_options))
             except RequestError as error:
                 prompts.append(error)
-        return self._generate_each(prompts, sampling_params, priority, use_tqdm)
+        return self._generate_list(prompts, sampling_params, priority, use_tqdm)
 
-    def chat_prompt(self, messages: list[dict[str, Any]], **template_options: Any) -> list[int]:
+    def chat_prompt(self, messages: Sequence[dict[str, Any]], **template_options: Any) -> list[int]:
         """Token ids of a conversation, up to where the next message begins."""
         tokenizer = self._chat_tokenizer()
         text = tokenizer.apply_chat_template(messages, **template_options)
@@ -511,8 +502,7 @@ class LLM:
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         one = _is_one(prompts)
         many = [prompts] if one else list(prompts)
-        count = len(many)
-        outputs = self._generate_list(many, [params] * count, [0] * count, count > 16, scored=True)
+        outputs = self._generate_list(many, params, 0, None, scored=True)
         scores = []
         for output in outputs:
             if output.error is not None:
