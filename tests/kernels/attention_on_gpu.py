@@ -8,9 +8,7 @@ Prints a line for each case; the exit code counts those that failed.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -90,7 +88,7 @@ def _good(gpu: Gpu, name: str, case: cases.Case) -> bool:
     return said == "good"
 
 
-def microseconds(gpu: Gpu, case: cases.Case, calls: int = 8, turns: int = 20, **tilings: Any):
+def microseconds(gpu: Gpu, case: cases.Case, calls: int = 8, **tilings: Any) -> float:
     """Of one call among many of a step, in microseconds: what all layers share is done once."""
     q, pool, rows, sinks = workloads.arguments("paged_attention", case)
     kernel = partial(
@@ -106,13 +104,7 @@ def microseconds(gpu: Gpu, case: cases.Case, calls: int = 8, turns: int = 20, **
 
     options: Any = COMPILER_OPTIONS.get("gpu")
     step = jax.jit(layers).lower(q, pool, rows).compile(compiler_options=options)
-    jax.block_until_ready([step(q, pool, rows) for _ in range(3)])
-    taken = []
-    for _ in range(5):
-        started = time.perf_counter()
-        jax.block_until_ready([step(q, pool, rows) for _ in range(turns)])
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken) / turns / calls * 1e6
+    return timing.seconds_per_call(lambda _: step(q, pool, rows)) / calls * 1e6
 
 
 def report(gpu: Gpu) -> None:
@@ -121,7 +113,7 @@ def report(gpu: Gpu) -> None:
     print(jax.devices()[0].device_kind, ceilings, flush=True)
     for name, case in TIMED.items():
         num_bytes, flops = workloads.work("paged_attention", case)
-        floor = max(num_bytes / ceilings.bytes_per_second, flops / ceilings.flops_per_second) * 1e6
+        floor = ceilings.floor(num_bytes, flops) * 1e6
         taken = microseconds(gpu, case)
         print(f"{name:48} {taken:9.1f} us, {floor / taken:6.1%} of {floor:.1f} us", flush=True)
 
