@@ -28,7 +28,7 @@ from jaxinfer.shapes import dims
 QUERY_TILE = 64
 
 
-# Traced once for all layers of a kind: this halves the time that a model takes to lower.
+# For those who call it alone; in a model the whole layer is traced once (`models/decoder.py`).
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def paged_attention(
     q_TKGH: Array,

@@ -53,11 +53,6 @@ class Computer(Worker):
         begin = work[item, BEGIN]
         self._load_queries(item, head)
 
-        def pass_by(n, _):
-            slot = rem(before + n, t.stages)
-            plgpu.barrier_wait(self.scratch["full"].at[slot])
-            plgpu.barrier_arrive(self.scratch["free"].at[slot])
-
         def take(n, carry):
             slot = rem(before + n, t.stages)
             plgpu.barrier_wait(self.scratch["full"].at[slot])
@@ -74,6 +69,12 @@ class Computer(Worker):
             )
             self._store_part(carry, item, head, first)
         else:
+
+            def pass_by(n, _):
+                slot = rem(before + n, t.stages)
+                plgpu.barrier_wait(self.scratch["full"].at[slot])
+                plgpu.barrier_arrive(self.scratch["free"].at[slot])
+
             # Every warpgroup sees every block arrive and go, also those that it does not need.
             self.position += self.group * t.tokens(p)
             end = jnp.minimum(self.position + t.tokens(p), self.kv_len)
