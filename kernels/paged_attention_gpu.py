@@ -200,8 +200,8 @@ def _attend_single(
     kv_lens_B = jnp.where(jnp.arange(B) < rows.num_single, rows.kv_lens_B, 0)
     begin_B = _begin(kv_lens_B - 1, problem, tiling)
     span_B = kv_lens_B - begin_B
-    # A long row alone should keep the chip busy for two rounds, but its parts are merged in line.
-    most = min(max(2 * gpu.multiprocessors // problem.K, 16), 64)
+    # A long row alone should keep the chip busy; more parts than that cost their begin and end.
+    most = min(max(gpu.multiprocessors // problem.K, 1), 64)
     part_B = -(-span_B // (most * tiling.block)) * tiling.block
     part_B = jnp.maximum(part_B, SHORTEST_PART)
     # Room for every page of the pool once.  Only rows that share many pages need more: the parts

@@ -19,7 +19,12 @@ from jax import Array, lax
 
 from jaxinfer.kernels.paged_attention_gpu_compute import Computer, columns_at_once
 from jaxinfer.kernels.paged_attention_gpu_units import tiled
-from jaxinfer.kernels.paged_attention_gpu_work import Loader, Problem, Tiling
+from jaxinfer.kernels.paged_attention_gpu_work import (
+    QUERY_STAGES,
+    Loader,
+    Problem,
+    Tiling,
+)
 from jaxinfer.kernels.write_pages import Pool
 
 
@@ -28,13 +33,14 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
     p, t = problem, tiling
     ring = columns_at_once(p.width) if p.quantized else p.width  # converted piece by piece
     copies = (4 if p.quantized else 2) * (t.block // min(t.block, p.S))
+    queries = QUERY_STAGES if t.split else t.groups
     types = dict(
-        q_smem=tiled((t.groups, t.rows, p.H), p.operand, p.swizzled),
+        q_smem=tiled((queries, t.rows, p.H), p.operand, p.swizzled),
         k_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         v_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
         free=plgpu.Barrier(num_arrivals=1 if t.split else t.groups, num_barriers=t.stages),
-        q_full=plgpu.Barrier(num_barriers=t.groups),
+        q_full=plgpu.Barrier(num_barriers=queries),
     )
     if p.quantized:
         types |= dict(
@@ -47,6 +53,7 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
         crowded = p.H % 32 == 0 and t.rows > 64
         columns = 32 if crowded else columns_at_once(p.H)
         types |= dict(
+            q_free=plgpu.Barrier(num_arrivals=t.groups, num_barriers=queries),
             acc_smem=unit.room(t.groups, t.rows, columns),
             stat_smem=plgpu.SMEM((t.groups, 2, t.rows), jnp.float32),
         )

@@ -14,7 +14,6 @@ from jaxinfer.kernels.gpu import load, row_layout
 from jaxinfer.kernels.paged_attention_gpu_units import full, over_columns
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
-    COMPUTE_REGISTERS,
     FIRST,
     FLOOR,
     KV_LEN,
@@ -22,6 +21,7 @@ from jaxinfer.kernels.paged_attention_gpu_work import (
     POSITION,
     ROW,
     TILE,
+    Item,
     Worker,
     div,
     rem,
@@ -42,16 +42,14 @@ class Computer(Worker):
     unit: Any
 
     def run(self) -> None:
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        self.q_ref = self.scratch["q_smem"].at[self.group]
+        plgpu.set_max_registers(self.t.registers, action="increase")
         self.each_item(self._attend_item)
         plgpu.wait_smem_to_gmem(0)
 
-    def _attend_item(self, item: Array, head: Array, blocks: Array, before: Array) -> None:
+    def _attend_item(self, item: Item) -> None:
         p, t, work = self.p, self.t, self.inputs["work"]
-        self.position, self.kv_len = work[item, POSITION], work[item, KV_LEN]
-        begin = work[item, BEGIN]
-        self._load_queries(item, head)
+        self.position, self.kv_len = work[item.index, POSITION], work[item.index, KV_LEN]
+        begin, blocks, before = work[item.index, BEGIN], item.blocks, item.before
 
         def take(n, carry):
             slot = rem(before + n, t.stages)
@@ -61,14 +59,18 @@ class Computer(Worker):
             return carry
 
         if t.split:
+            self.q_ref = self.scratch["q_smem"].at[item.queries]
+            plgpu.barrier_wait(self.scratch["q_full"].at[item.queries])
             # Each has places of its own in the ring, and meets them in turn.
             first = rem(self.group + t.groups - rem(before, t.groups), t.groups)
             turns = div(blocks - first + t.groups - 1, t.groups)
             carry = lax.fori_loop(
                 0, turns, lambda n, carry: take(first + n * t.groups, carry), self._start()
             )
-            self._store_part(carry, item, head, first)
+            plgpu.barrier_arrive(self.scratch["q_free"].at[item.queries])
+            self._store_part(carry, item, first)
         else:
+            self._load_queries(item)
 
             def pass_by(n, _):
                 slot = rem(before + n, t.stages)
@@ -79,19 +81,20 @@ class Computer(Worker):
             self.position += self.group * t.tokens(p)
             end = jnp.minimum(self.position + t.tokens(p), self.kv_len)
             mine = div(end - begin + t.block - 1, t.block)
-            mine = jnp.where((self.position < self.kv_len) & (work[item, FIRST] < end), mine, 0)
+            seen = (self.position < self.kv_len) & (work[item.index, FIRST] < end)
+            mine = jnp.where(seen, mine, 0)
             carry = lax.fori_loop(0, mine, take, self._start())
             lax.fori_loop(mine, blocks, pass_by, None)
-            self._store_result(carry, item, head)
+            self._store_result(carry, item)
 
-    def _load_queries(self, item: Array, head: Array) -> None:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's results leave from there
+    def _load_queries(self, item: Item) -> None:
+        """A tile's, to where its results will leave from."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the last item
+        self.q_ref = self.scratch["q_smem"].at[self.group]
         arrived = self.scratch["q_full"].at[self.group]
-        source = self.inputs["q"].at[self.inputs["work"][item, TILE], head]
-        if self.t.split:
-            plgpu.copy_gmem_to_smem(source, self.q_ref.at[pl.ds(0, self.p.padded)], arrived)
-        else:
-            plgpu.copy_gmem_to_smem(source.at[self.group], self.q_ref, arrived)
+        tile = self.inputs["work"][item.index, TILE]
+        source = self.inputs["q"].at[tile, item.head, self.group]
+        plgpu.copy_gmem_to_smem(source, self.q_ref, arrived)
         plgpu.barrier_wait(arrived)
 
     def _start(self) -> tuple[Array, Array, Array]:
@@ -192,11 +195,11 @@ class Computer(Worker):
 
         return lax.cond(all_seen, lambda scores: scores, hide, scores)
 
-    def _store_result(self, carry, item: Array, head: Array) -> None:
+    def _store_result(self, carry, item: Item) -> None:
         acc, peak, total = carry
         if "sinks" in self.inputs:
             row = self.unit.LAYOUT.reduce(1)
-            sink = load(self.inputs["sinks"].at[head], layout=row, optimized=False)
+            sink = load(self.inputs["sinks"].at[item.head], layout=row, optimized=False)
             new_peak = jnp.maximum(peak, sink)
             shrink = jnp.exp2(peak - new_peak)
             total = total * shrink + jnp.exp2(sink - new_peak)
@@ -211,13 +214,14 @@ class Computer(Worker):
             ref[...] = some.astype(self.p.operand)
         plgpu.commit_smem()
         # Of two items the later one has a later row or a later tile: their sums differ.
-        place = self.inputs["work"][item, ROW] + self.inputs["work"][item, TILE]
-        plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[place, head, self.group])
+        place = self.inputs["work"][item.index, ROW] + self.inputs["work"][item.index, TILE]
+        plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[place, item.head, self.group])
 
-    def _store_part(self, carry, item: Array, head: Array, part: Array) -> None:
+    def _store_part(self, carry, item: Item, part: Array) -> None:
         acc, peak, total = carry
         stat_ref = self.scratch["stat_smem"].at[self.group]
         acc_ref = self.scratch["acc_smem"].at[self.group]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's part
         stat_ref[0], stat_ref[1] = peak, total
         step = acc_ref.shape[1]
         for at in range(0, self.p.H, step):
@@ -225,6 +229,6 @@ class Computer(Worker):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.unit.leave(self.unit.columns(acc, at, step) * (1 / self.p.lift), acc_ref)
             plgpu.commit_smem()
-            target = self.outs[0].at[item, head, part, :, pl.ds(at, step)]
+            target = self.outs[0].at[item.index, item.head, part, :, pl.ds(at, step)]
             plgpu.copy_smem_to_gmem(acc_ref.at[pl.ds(0, self.p.padded)], target)
-        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item, head, part])
+        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item.index, item.head, part])

@@ -11,13 +11,30 @@ from jax import Array, lax
 from jaxinfer.kernels.gpu import load
 from jaxinfer.kernels.paged_attention_gpu_work import FLOOR
 
-# Eight rows of values over a warpgroup: two rows a warp, sixteen columns beside each other.
-LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
+# What a block of threads merges, query heads by columns: a number for each thread.
+PIECES = {
+    (8, 16): plgpu.Layout.TILED(
+        plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+    ),
+    (4, 32): plgpu.Layout.TILED(
+        plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+    ),
+    (2, 64): plgpu.Layout.TILED(
+        plgpu.Tiling(((2, 64), (32,), (1,))), warp_dims=(-4, -3), lane_dims=(-2,), vector_dim=-1
+    ),
+    (1, 128): plgpu.Layout.TILED(
+        plgpu.Tiling(((1, 128), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+    ),
+}
 
 # Parts whose loads are in flight together: their latency is what merging costs.
 AT_ONCE = 8
+
+
+def _piece(heads: int, width: int) -> tuple[int, int] | None:
+    """The first of `PIECES` that so many heads of this width are a multiple of; None if none is."""
+    fit = ((rows, columns) for rows, columns in PIECES if not heads % rows and not width % columns)
+    return next(fit, None)
 
 
 def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group: int) -> Array:
@@ -32,14 +49,24 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
     rows = starts.shape[0] - 1
     seed = jnp.full((heads, padded), FLOOR, jnp.float32)
     seed = seed if sinks_KG is None else seed.at[:, :group].set(sinks_KG)
+    # Many small blocks, so that the few long rows of a batch keep the whole chip loading.
+    merged, piece = group, _piece(group, width)
+    if piece is None:
+        merged, piece = padded, (8, 16)  # heads are padded to eights, and wide by sixteens
+    layout = PIECES[piece]
+    across, along = merged // piece[0], width // piece[1]
 
     def body(acc, stat, starts, seed, out):
-        row, head = lax.axis_index("row"), lax.axis_index("head")
-
+        row, head, at = (lax.axis_index(name) for name in ("row", "head", "piece"))
+        some = pl.ds(lax.rem(at, jnp.int32(across)) * piece[0], piece[0])
+        columns = pl.ds(lax.div(at, jnp.int32(across)) * piece[1], piece[1])
         first, last = starts[row] * parts, starts[row + 1] * parts
 
         def over_columns(x):
-            return lax.broadcast_in_dim(x, (padded, width), [0])
+            return lax.broadcast_in_dim(x, piece, [0])
+
+        def read(ref, layout):
+            return load(ref, layout, optimized=False)
 
         def fold(turn, carry):
             total, peak, values = carry
@@ -48,14 +75,11 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
                 index = first + turn * AT_ONCE + n
                 at = jnp.minimum(index, last - 1)
                 part = (lax.div(at, jnp.int32(parts)), head, lax.rem(at, jnp.int32(parts)))
-                other_peak = load(
-                    stat.at[(*part, 0, pl.ds(0, padded))], LAYOUT.reduce(1), optimized=False
-                )
-                other_total = load(
-                    stat.at[(*part, 1, pl.ds(0, padded))], LAYOUT.reduce(1), optimized=False
-                )
+                other_peak = read(stat.at[(*part, 0, some)], layout.reduce(1))
+                other_total = read(stat.at[(*part, 1, some)], layout.reduce(1))
                 other_peak += jnp.where(index < last, 0.0, 2 * FLOOR)
-                found.append((other_peak, other_total, load(acc.at[part], LAYOUT, optimized=False)))
+                other_values = read(acc.at[(*part, some, columns)], layout)
+                found.append((other_peak, other_total, other_values))
             new_peak = peak
             for other_peak, _, _ in found:
                 new_peak = jnp.maximum(new_peak, other_peak)
@@ -67,19 +91,19 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
                 values += other_values * over_columns(shrink)
             return total, new_peak, values
 
-        zeros = plgpu.layout_cast(jnp.zeros((padded, width), jnp.float32), LAYOUT)
-        peak = load(seed.at[head], LAYOUT.reduce(1), optimized=False)
+        zeros = plgpu.layout_cast(jnp.zeros(piece, jnp.float32), layout)
+        peak = read(seed.at[head, some], layout.reduce(1))
         total = jnp.where(peak > FLOOR, 1.0, 0.0)
         turns = lax.div(last - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
         total, _, values = lax.fori_loop(0, turns, fold, (total, peak, zeros))
         total = jnp.where(total == 0, 1.0, total)
-        out[row, head] = (values * over_columns(1 / total)).astype(out.dtype)
+        out[row, head, some, columns] = (values * over_columns(1 / total)).astype(out.dtype)
 
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, heads, padded, width), jnp.bfloat16),
-        grid=(rows, heads),
-        grid_names=("row", "head"),
+        out_type=jax.ShapeDtypeStruct((rows, heads, merged, width), jnp.bfloat16),
+        grid=(rows, heads, across * along),
+        grid_names=("row", "head", "piece"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(acc, stat, starts, seed)
     return out[:, :, :group]

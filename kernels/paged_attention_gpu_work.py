@@ -17,8 +17,13 @@ from jaxinfer.kernels.write_pages import LARGEST
 LOG2E = math.log2(math.e)
 # Below every score, and finite: differences of maxima are never NaN.
 FLOOR = -1e30
-# Registers of a thread of the loading warpgroup and of two computing ones; 128 of each have 64 Ki.
-LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
+# Registers of a thread of the loading warpgroup; those that compute share what it leaves of the
+# 64 Ki, which are 512 for each of the 128 threads of a warpgroup.
+LOAD_REGISTERS = 24
+
+# Where rows are split, the queries of so many items are in shared memory: those at work, and those
+# that come next.
+QUERY_STAGES = 2
 
 # Columns of the table of work: the row; the tile of queries; the position of the tile's begin, as
 # if the row began no later; the row's length; the slots to visit; its first query's position.
@@ -82,6 +87,11 @@ class Tiling:
     block: int
     stages: int
 
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that computes: a multiple of eight."""
+        return min((512 - LOAD_REGISTERS) // self.groups, 240) // 8 * 8
+
     def tokens(self, problem: Problem) -> int:
         """Query positions in the tile of a warpgroup."""
         return 1 if self.split else self.rows // problem.G
@@ -95,6 +105,23 @@ def rem(x: Any, y: int) -> Array:
     return lax.rem(jnp.asarray(x, jnp.int32), jnp.int32(y))
 
 
+@dataclass(frozen=True)
+class Item:
+    """An item of work and a KV head: the how many-th it is here, its row in the table, how many
+    blocks it has, and how many came before."""
+
+    number: Array
+    index: Array
+    head: Array
+    blocks: Array
+    before: Array
+
+    @property
+    def queries(self) -> Array:
+        """Where its queries are, if they are loaded ahead."""
+        return rem(self.number, QUERY_STAGES)
+
+
 @dataclass
 class Worker:
     """What the warpgroups of a block have in common: the order of the work."""
@@ -105,8 +132,8 @@ class Worker:
     inputs: dict[str, Any]
     scratch: dict[str, Any]
 
-    def each_item(self, visit: Callable[[Array, Array, Array, Array], None]) -> Array:
-        """Call `visit(item, head, number of blocks, blocks before)`; returns all blocks' number."""
+    def each_item(self, visit: Callable[[Item], None]) -> tuple[Array, Array]:
+        """Call `visit` for each item in turn; returns how many items and how many blocks were."""
         here, stride = lax.axis_index("multiprocessor"), self.multiprocessors
         count, work = self.inputs["count"][0], self.inputs["work"]
 
@@ -116,11 +143,11 @@ class Worker:
             if not self.t.split:
                 item = count - 1 - item  # the last tiles of a prompt take longest: they go first
             blocks = div(work[item, END] - work[item, BEGIN] + self.t.block - 1, self.t.block)
-            visit(item, head, blocks, before)
+            visit(Item(n, item, head, blocks, before))
             return before + blocks
 
         turns = div(count * self.p.K - here + stride - 1, stride)
-        return lax.fori_loop(0, turns, turn, jnp.int32(0))
+        return turns, lax.fori_loop(0, turns, turn, jnp.int32(0))
 
 
 @dataclass
@@ -129,33 +156,52 @@ class Loader(Worker):
 
     def run(self) -> None:
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-        total = self.each_item(self._load_item)
-        # Await the end of every block: a barrier must not go before what arrives at it.
-        for n in range(self.t.stages):
+        items, blocks = self.each_item(self._load_item)
+        self._await_last("free", blocks, self.t.stages)
+        if self.t.split:
+            self._await_last("q_free", items, QUERY_STAGES)
+
+    def _await_last(self, name: str, total: Array, places: int) -> None:
+        """Await the end of everything that is still in use: a barrier must not go before what
+        arrives at it."""
+        for n in range(places):
 
             @pl.when(n < total)
             def _(n=n):
-                slot = rem(jnp.maximum(total - self.t.stages, 0) + n, self.t.stages)
-                plgpu.barrier_wait(self.scratch["free"].at[slot])
+                place = rem(jnp.maximum(total - places, 0) + n, places)
+                plgpu.barrier_wait(self.scratch[name].at[place])
 
-    def _load_item(self, item: Array, head: Array, blocks: Array, before: Array) -> None:
+    def _load_item(self, item: Item) -> None:
         p, t, work, scratch = self.p, self.t, self.inputs["work"], self.scratch
         piece = min(t.block, p.S)
-        row, begin = work[item, ROW], work[item, BEGIN]
-        last = div(work[item, KV_LEN] - 1, p.S)
+        row, begin = work[item.index, ROW], work[item.index, BEGIN]
+        last = div(work[item.index, KV_LEN] - 1, p.S)
+        if t.split:
+            self._load_queries(item)
 
         def load_block(n, _):
-            slot = rem(before + n, t.stages)
-            pl.when(before + n >= t.stages)(lambda: plgpu.barrier_wait(scratch["free"].at[slot]))
+            slot = rem(item.before + n, t.stages)
+            reused = item.before + n >= t.stages
+            pl.when(reused)(lambda: plgpu.barrier_wait(scratch["free"].at[slot]))
             for at in range(0, t.block, piece):
                 first = begin + n * t.block + at
                 # Past the row's end anything will do that has been written or will be masked.
                 page = self.inputs["table"][row, jnp.minimum(div(first, p.S), last)]
-                source = (page * p.K + head) * (p.S // piece) + div(rem(first, p.S), piece)
+                source = (page * p.K + item.head) * (p.S // piece) + div(rem(first, p.S), piece)
                 for name in ("k", "v", "k_scale", "v_scale")[: 4 if p.quantized else 2]:
                     target = scratch[f"{name}_smem"].at[slot, pl.ds(at, piece)]
                     plgpu.copy_gmem_to_smem(
                         self.inputs[name].at[source], target, scratch["full"].at[slot]
                     )
 
-        lax.fori_loop(0, blocks, load_block, None)
+        lax.fori_loop(0, item.blocks, load_block, None)
+
+    def _load_queries(self, item: Item) -> None:
+        """While the warpgroups that compute are still busy with the item before."""
+        place, scratch = item.queries, self.scratch
+        pl.when(item.number >= QUERY_STAGES)(
+            lambda: plgpu.barrier_wait(scratch["q_free"].at[place])
+        )
+        source = self.inputs["q"].at[self.inputs["work"][item.index, TILE], item.head]
+        target = scratch["q_smem"].at[place, pl.ds(0, self.p.padded)]
+        plgpu.copy_gmem_to_smem(source, target, scratch["q_full"].at[place])
