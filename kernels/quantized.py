@@ -19,6 +19,10 @@ Four-bit values are int4 arrays, which XLA packs two in a byte on every platform
 mxfp4 uint8 arrays; of float4 and of powers of two they hold the bits.  Chips whose compilers do not
 know those dtypes (Hopper, most TPUs) then need no more than arithmetic.
 
+In memory the values of fp8 and int8 lie with D innermost on NVIDIA GPUs, whose matrix units (of
+Hopper and before) multiply 8-bit numbers in no other order, and all else in the order of the axes:
+see `values_layout`, which whoever makes or loads a weight asks.
+
 A scale is the largest magnitude in the block over the largest number of the format, except that
 mxfp4 takes the power of two that OCP MX 1.0 (section 6.3) prescribes: values above six saturate.
 """
@@ -34,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.experimental.layout import Layout
 
 from jaxinfer.errors import ConfigError, ShapeError
 from jaxinfer.shapes import Leaf
@@ -63,6 +68,11 @@ class Format:
     columns: int = 1
     activations: str | None = None
     tensor_scale: bool = False
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the values are multiplied as they are stored, with activations of that dtype."""
+        return self.activations is not None and not self.rows
 
 
 FORMATS = {
@@ -114,6 +124,21 @@ def format_of(name: str) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"quantization: no format {name!r}; there are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def values_layout(weight: Quantized, platform: str) -> Layout:
+    """In which order of axes a weight's values are to lie in memory on a platform ("gpu", "tpu" or
+    "cpu"), for all operations.
+
+    What takes the weight then moves nothing; from any other order it copies the values first, in
+    each call.  The logical shape stays `[…, D, F]`: the layout is part of an array's format,
+    `jax.experimental.layout.Format(layout, sharding)`, as `jax.device_put`, `jax.jit` and
+    `jax.ShapeDtypeStruct` take it in place of a sharding.
+    """
+    axes = range(len(weight.shape))
+    if platform == "gpu" and format_of(weight.format).as_stored:
+        return Layout((*axes[:-2], axes[-1], axes[-2]))
+    return Layout(tuple(axes))
 
 
 def quantize(weight: Array, name: str) -> Quantized:
