@@ -19,9 +19,9 @@ Four-bit values are int4 arrays, which XLA packs two in a byte on every platform
 mxfp4 uint8 arrays; of float4 and of powers of two they hold the bits.  Chips whose compilers do not
 know those dtypes (Hopper, most TPUs) then need no more than arithmetic.
 
-In memory the values of fp8 and int8 lie with D innermost on NVIDIA GPUs, whose matrix units (of
-Hopper and before) multiply 8-bit numbers in no other order, and all else in the order of the axes:
-see `values_layout`, which whoever makes or loads a weight asks.
+On NVIDIA GPUs the values of fp8 and int8 lie in memory with D innermost: their matrix units (before
+Blackwell) multiply 8-bit numbers in no other order.  Whoever makes or loads a weight asks
+`values_layout`.
 
 A scale is the largest magnitude in the block over the largest number of the format, except that
 mxfp4 takes the power of two that OCP MX 1.0 (section 6.3) prescribes: values above six saturate.
@@ -126,19 +126,20 @@ def format_of(name: str) -> Format:
     return FORMATS[name]
 
 
-def values_layout(weight: Quantized, platform: str) -> Layout:
-    """In which order of axes a weight's values are to lie in memory on a platform ("gpu", "tpu" or
-    "cpu"), for all operations.
+def values_layout(weight: Any, platform: str) -> Layout | None:
+    """In which order of axes the values of a `Quantized` weight, abstract or not, are to lie in
+    memory on a platform ("gpu", "tpu" or "cpu"), for all operations; None: in XLA's usual one.
 
-    What takes the weight then moves nothing; from any other order it copies the values first, in
-    each call.  The logical shape stays `[…, D, F]`: the layout is part of an array's format,
-    `jax.experimental.layout.Format(layout, sharding)`, as `jax.device_put`, `jax.jit` and
-    `jax.ShapeDtypeStruct` take it in place of a sharding.
+    What multiplies then moves nothing; from any other order it copies the values first, in each
+    call.  The logical shape stays `[…, D, F]`: the layout is part of an array's format, which
+    `jax.device_put`, `jax.jit` and `jax.ShapeDtypeStruct` take in place of a sharding:
+
+        jax.device_put(weight.values, Format(values_layout(weight, "gpu"), sharding))
     """
-    axes = range(len(weight.shape))
-    if platform == "gpu" and format_of(weight.format).as_stored:
-        return Layout((*axes[:-2], axes[-1], axes[-2]))
-    return Layout(tuple(axes))
+    if platform != "gpu" or not format_of(weight.format).as_stored:
+        return None
+    *outer, depth, width = range(len(weight.shape))
+    return Layout((*outer, width, depth))
 
 
 def quantize(weight: Array, name: str) -> Quantized:

@@ -19,12 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.layout import Format
 
 from jaxinfer.aot.hlo import parse
 from jaxinfer.aot.report import read
 from jaxinfer.kernels import timing, workloads
-from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations, values_layout
+from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
 from jaxinfer.kernels.quantized_matmul import quantized_matmul
 from jaxinfer.layers import linear, rms_norm
 from jaxinfer.step import COMPILER_OPTIONS
@@ -42,7 +41,7 @@ def shapes(shrink: int) -> dict[str, tuple[int, int]]:
 def arrays(name: str, num_tokens: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Of each product the tokens, the weight [F, D] and the quantised one [D, F], made by one
     program."""
-    platform, here = jax.default_backend(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def make() -> dict[str, Any]:
         def uniform(*shape: int) -> Array:
@@ -58,10 +57,7 @@ def arrays(name: str, num_tokens: int, sizes: dict[str, tuple[int, int]]) -> dic
         return found
 
     def place(leaf: Any) -> Any:
-        if not isinstance(leaf, Quantized):
-            return here
-        formats = jax.tree.map(lambda _: here, leaf)
-        return formats.replace(values=Format(values_layout(leaf, platform), here))
+        return workloads.weight_formats(leaf) if isinstance(leaf, Quantized) else here
 
     places = jax.tree.map(
         place, jax.eval_shape(make), is_leaf=lambda leaf: isinstance(leaf, Quantized)
