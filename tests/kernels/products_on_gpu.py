@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from jaxinfer.aot.hlo import parse
 from jaxinfer.aot.report import read
-from jaxinfer.kernels import timing, workloads
+from jaxinfer.kernels import cases, timing, workloads
 from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
 from jaxinfer.kernels.quantized_matmul import quantized_matmul
 from jaxinfer.layers import linear, rms_norm
@@ -30,12 +30,6 @@ from jaxinfer.step import COMPILER_OPTIONS
 
 LAYERS = 4  # of the chain
 SQUARE = {"gpu": 8192, "cpu": 256}
-
-
-def shapes(shrink: int) -> dict[str, tuple[int, int]]:
-    """D and F of each product."""
-    D, F = 4096 // shrink, 14336 // shrink
-    return {"qkv": (D, D * 3 // 2), "out": (D, D), "gate_up": (D, 2 * F), "down": (F, D)}
 
 
 def arrays(name: str, num_tokens: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
@@ -66,8 +60,8 @@ def arrays(name: str, num_tokens: int, sizes: dict[str, tuple[int, int]]) -> dic
 
 
 def product(x: Array, values_DF: Array) -> Array:
-    """The product that `quantized_matmul` has inside."""
-    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    """The product that `quantized_matmul` has inside on a GPU, before it is scaled."""
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.bfloat16
     return jnp.dot(x, values_DF, preferred_element_type=sums)
 
 
@@ -128,7 +122,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="of qkv, out, gate_up, down, chain")
     args = parser.parse_args()
     platform, name, T = jax.default_backend(), args.format, args.tokens
-    sizes = shapes(args.shrink)
+    sizes = {key: (D // args.shrink, F // args.shrink) for key, (D, F) in cases.LAYER.items()}
     ceilings = timing.ceilings(platform)
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", ceilings, flush=True)
     made = arrays(name, T, sizes)
