@@ -136,6 +136,7 @@ def gpu_proto(chip: Chip) -> str:
             f"'9.0a', got {gpu.compute_capability!r}"
         )
     feature = "ACCELERATED_FEATURES" if found[3] else "NONE"
+    # Without a version of CUDA, XLA believes that cuBLASLt has no products of fp8.
     return f"""
 platform_name: "CUDA"
 device_description_str: "{chip.device_kinds[0]}"
