@@ -141,16 +141,13 @@ def pages_key(part: str, q_TKGH: Any, pool: Pool, window: int | None) -> Key:
     }  # fmt: skip
 
 
-def product_key(x_TD: Any, weight: Any, *, innermost: str = "F") -> Key:
-    """Of tokens and a weight `[E, D, F]`; the number of tokens is rounded up to a power of two.
-
-    innermost: the weight's axis whose neighbours are neighbours in memory.
-    """
+def product_key(x_TD: Any, weight: Any) -> Key:
+    """Of tokens and a weight `[E, D, F]`; the number of tokens is rounded up to a power of two."""
     E, D, F = weight.shape
     stored = weight.format if isinstance(weight, Quantized) else jnp.dtype(weight.dtype).name
     return {
         "E": E, "D": D, "F": F, "format": stored, "tokens_dtype": jnp.dtype(x_TD.dtype).name,
-        "innermost": innermost, "tokens": 1 << max(x_TD.shape[0] - 1, 0).bit_length(),
+        "tokens": 1 << max(x_TD.shape[0] - 1, 0).bit_length(),
     }  # fmt: skip
 
 

@@ -215,6 +215,8 @@ EXPERTS = {
     "deepseek-v3/8": (32, 1, 7168, 4096),
 }
 DENSE = {"llama-3.1-8b": (4096, 28672), "llama-3.1-70b/4": (8192, 14336)}
+# The products of a layer of Llama-3.1-8B.
+LAYER = {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 STEP_TOKENS = {"decode 64": 64, "prefill 2048": 2048}
 
 
@@ -234,6 +236,12 @@ REAL_PRODUCTS |= {
     for model, (D, F) in DENSE.items()
     for step, tokens in STEP_TOKENS.items()
     for name in FORMATS
+}
+REAL_PRODUCTS |= {
+    f"llama-3.1-8b {product}, {step}, {name}": Product((tokens,), D, F, name, single=True)
+    for product, (D, F) in LAYER.items()
+    for step, tokens in {"decode 64": 64, "prefill 4096": 4096}.items()
+    for name in ("fp8", "int8")
 }
 
 # Small enough for the reference on a CPU to take milliseconds.
@@ -276,6 +284,7 @@ TIMED = {
         "llama-3.1-70b/4, decode 64, fp8_block",
         "llama-3.1-70b/4, decode 64, w4a16",
         "llama-3.1-70b/4, decode 64, mxfp4",
+        "llama-3.1-8b gate_up, prefill 4096, fp8",
         "llama-3.1-70b/4, prefill 2048, fp8_block",
         "llama-3.1-70b/4, prefill 2048, w4a16",
     ),

@@ -5,11 +5,9 @@ experts without tokens cost nothing.  A block of a weight comes into shared memo
 Several thread blocks share an SM: while one converts, another multiplies.  What is multiplied:
 
 * bfloat16 weights, as they are.
-* fp8 and int8 (one scale for all D) on Blackwell: fp8 with fp8, int8 with int8.  On Hopper, too,
-  where `depth_minor` says that D is innermost in memory: of 8-bit numbers wgmma takes no others.
-  If F is, blocks are converted in shared memory, fp8 to float16 and int8 to bfloat16, which hold
-  them exactly; int8 × int8 is then summed in float32, with a relative error of at most 2⁻²⁴ a
-  summand.
+* fp8 and int8 (one scale for all D): fp8 with fp8, int8 with int8.  Their values are taken with D
+  innermost in memory, as `quantized.values_layout` says: of 8-bit numbers wgmma takes no others.
+  If they lie otherwise they are copied first.
 * All others: converted to bfloat16 in shared memory, times their scale if it belongs to some of D.
   With the scales of nvfp4 and mxfp4 that is exact; with those of w4a16 and fp8_block it is rounded,
   as the reference does.  Blackwell's block-scaled products of fp4 ask for both operands in that
@@ -28,7 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxinfer.errors import ConfigError, ShapeError
+from jaxinfer.errors import ShapeError
 from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels.gpu import Gpu, load, row_layout
 from jaxinfer.kernels.grouped_matmul import finish, visits
@@ -58,17 +56,17 @@ class Blocks:
     depth: int = DEPTH
 
 
-def multiplied(weight: Any, gpu: Gpu, *, depth_minor: bool = False) -> Any:
+def multiplied(weight: Any) -> Any:
     """The dtype of the numbers that the matrix unit multiplies."""
-    form = format_of(weight.format) if isinstance(weight, Quantized) else None
-    if form is None or form.activations is None or form.rows:
-        return jnp.dtype(jnp.bfloat16)
-    if depth_minor or UNITS[gpu.capability[0]].ANY_ORDER:
-        return jnp.dtype(form.activations)
-    return jnp.dtype(jnp.float16 if form.activations == "float8_e4m3fn" else jnp.bfloat16)
+    return jnp.dtype(weight.values.dtype if _as_stored(weight) else jnp.bfloat16)
 
 
-def block_sizes(x_TD: Any, weight: Any, gpu: Gpu, *, depth_minor: bool = False) -> Blocks:
+def _as_stored(weight: Any) -> bool:
+    """Whether the weight's values are multiplied as they are stored, and lie with D innermost."""
+    return isinstance(weight, Quantized) and format_of(weight.format).as_stored
+
+
+def block_sizes(x_TD: Any, weight: Any, gpu: Gpu) -> Blocks:
     """Block sizes for arrays of these shapes and dtypes.  Raises `ShapeError` if the shape does not
     divide, or nothing fits.
 
@@ -79,7 +77,7 @@ def block_sizes(x_TD: Any, weight: Any, gpu: Gpu, *, depth_minor: bool = False) 
     if D % DEPTH or F % 64:
         raise ShapeError(f"weight {weight.shape}: D must be a multiple of {DEPTH}, F of 64")
     unit, form = UNITS[gpu.capability[0]], jax.eval_shape(stored, weight)
-    operand = multiplied(weight, gpu, depth_minor=depth_minor)
+    operand = multiplied(weight)
     depth = 2 * DEPTH if operand.itemsize == 1 and D % (2 * DEPTH) == 0 else DEPTH
     steps = D // depth
     cuts = [(tokens, width) for tokens in unit.TOKENS for width in WIDTHS if F % width == 0]
@@ -98,7 +96,7 @@ def _shared_bytes(
     tokens: int, width: int, depth: int, form: Stored, operand: Any
 ) -> tuple[int, int]:
     """Shared memory of a thread block: for each stage, and once."""
-    out_bytes = 4 if operand.itemsize == 1 or operand == jnp.float16 else 2
+    out_bytes = 4 if operand.itemsize == 1 else 2
     stage = depth * (tokens * operand.itemsize + width * form.bits // 8)
     fixed = tokens * width * out_bytes + REST
     if form.values.dtype != operand:
@@ -108,11 +106,11 @@ def _shared_bytes(
     return stage, fixed
 
 
-def check_blocks(blocks: Blocks, weight: Any, gpu: Gpu, *, depth_minor: bool = False) -> None:
+def check_blocks(blocks: Blocks, weight: Any, gpu: Gpu) -> None:
     """Raise `ShapeError` unless blocks are for weights of such a shape on such a chip."""
     _, D, F = weight.shape
     unit, form = UNITS[gpu.capability[0]], jax.eval_shape(stored, weight)
-    operand = multiplied(weight, gpu, depth_minor=depth_minor)
+    operand = multiplied(weight)
     whole = blocks.depth in (DEPTH, 2 * DEPTH) and D % blocks.depth == 0
     tokens, width, per_sm = blocks.tokens, blocks.width, blocks.per_sm
     stage, fixed = _shared_bytes(tokens, width, blocks.depth, form, operand)
@@ -158,31 +156,26 @@ def grouped_matmul(
     *,
     gpu: Gpu,
     blocks: Blocks | None = None,
-    depth_minor: bool = False,
     chip: str | None = None,
     interpret: Any = False,
 ) -> Array:
     """`grouped_matmul.grouped_matmul` as a kernel, for arguments that `refusal` passes.
 
     blocks: by default as tuned for the chip (the name of its sheet), else `block_sizes`.
-    depth_minor: the weight's values lie in memory with D innermost; if they do not, they are
-        copied.  For weights that are then multiplied as they are stored.
 
-    Raises `ShapeError` if no block fits, `ConfigError` for depth_minor with other weights.
+    Raises `ShapeError` if no block fits.
     """
     sizes = dims(x_TD=x_TD, weight_EDF=weight, group_sizes_E=group_sizes_E)
     T, F = sizes["T"], sizes["F"]
-    operand = multiplied(weight, gpu, depth_minor=depth_minor)
+    operand, depth_minor = multiplied(weight), _as_stored(weight)
     form = stored(weight)
-    if depth_minor and form.values.dtype != operand:
-        raise ConfigError(f"depth_minor: {form.format} is not multiplied as it is stored")
     blocks = blocks or tuned.choose(
         "grouped_matmul",
         chip,
-        tuned.product_key(x_TD, weight, innermost="D" if depth_minor else "F"),
+        tuned.product_key(x_TD, weight),
         Blocks,
-        lambda blocks: check_blocks(blocks, weight, gpu, depth_minor=depth_minor),
-        lambda: block_sizes(x_TD, weight, gpu, depth_minor=depth_minor),
+        lambda blocks: check_blocks(blocks, weight, gpu),
+        lambda: block_sizes(x_TD, weight, gpu),
     )
     x, scale_T1 = activations(x_TD, weight) if isinstance(weight, Quantized) else (x_TD, None)
     dtype = x_TD.dtype if scale_T1 is None else jnp.float32

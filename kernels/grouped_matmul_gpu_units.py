@@ -27,7 +27,6 @@ class Wgmma:
     """
 
     TOKENS: ClassVar[tuple[int, ...]] = (64, 128)
-    ANY_ORDER: ClassVar[bool] = False
 
     @staticmethod
     def holds(tokens: int, width: int, per_sm: int, operand: Any) -> bool:
@@ -76,7 +75,6 @@ class Tcgen05:
     """Blackwell (sm_100a): sums are in tensor memory, 128 rows of them; weights lie either way."""
 
     TOKENS: ClassVar[tuple[int, ...]] = (128,)
-    ANY_ORDER: ClassVar[bool] = True
     # Columns that come into registers at once.
     PIECE: ClassVar[int] = 64
 

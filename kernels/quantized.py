@@ -19,6 +19,10 @@ Four-bit values are int4 arrays, which XLA packs two in a byte on every platform
 mxfp4 uint8 arrays; of float4 and of powers of two they hold the bits.  Chips whose compilers do not
 know those dtypes (Hopper, most TPUs) then need no more than arithmetic.
 
+On NVIDIA GPUs the values of fp8 and int8 lie in memory with D innermost: their matrix units (before
+Blackwell) multiply 8-bit numbers in no other order.  Whoever makes or loads a weight asks
+`values_layout`.
+
 A scale is the largest magnitude in the block over the largest number of the format, except that
 mxfp4 takes the power of two that OCP MX 1.0 (section 6.3) prescribes: values above six saturate.
 """
@@ -34,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.experimental.layout import Layout
 
 from jaxinfer.errors import ConfigError, ShapeError
 from jaxinfer.shapes import Leaf
@@ -63,6 +68,11 @@ class Format:
     columns: int = 1
     activations: str | None = None
     tensor_scale: bool = False
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the values are multiplied as they are stored, with activations of that dtype."""
+        return self.activations is not None and not self.rows
 
 
 FORMATS = {
@@ -114,6 +124,22 @@ def format_of(name: str) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"quantization: no format {name!r}; there are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def values_layout(weight: Any, platform: str) -> Layout | None:
+    """In which order of axes the values of a `Quantized` weight, abstract or not, are to lie in
+    memory on a platform ("gpu", "tpu" or "cpu"), for all operations; None: in XLA's usual one.
+
+    What multiplies then moves nothing; from any other order it copies the values first, in each
+    call.  The logical shape stays `[…, D, F]`: the layout is part of an array's format, which
+    `jax.device_put`, `jax.jit` and `jax.ShapeDtypeStruct` take in place of a sharding:
+
+        jax.device_put(weight.values, Format(values_layout(weight, "gpu"), sharding))
+    """
+    if platform != "gpu" or not format_of(weight.format).as_stored:
+        return None
+    *outer, depth, width = range(len(weight.shape))
+    return Layout((*outer, width, depth))
 
 
 def quantize(weight: Array, name: str) -> Quantized:

@@ -2,14 +2,19 @@
 
 `x_TD` times a `Quantized` `[D, F]` is `[T, F]` in the dtype of x, accumulated in float32 (int32 for
 int8 × int8).  Which activations a format quantises is in the table of `quantized.FORMATS`; whatever
-a padding token holds stays in its row.
+a padding token holds stays in its row.  The values are to lie as `quantized.values_layout` says.
+
+On NVIDIA GPUs the sums of fp8 × fp8 are rounded to the dtype of x before they are scaled, not only
+afterwards.  Beside what three bits of mantissa in every factor lose, that is nothing.
 
 What the compilers make of the reference, read from their output (`tests/compile`):
 
-* One scale for all D (fp8, int8, w8a16): one fused product on TPU and GPU, which reads the weight
-  once, in its own dtype.  On H200 and B200 it is one Triton product of fp8 with fp8, of int8 with
-  int8 into int32, or of bfloat16 with int8 that it converts; scales follow in the same fusion, or
-  in a small one of the sums.  There is no kernel, because there is nothing for one to save.
+* One scale for all D (fp8, int8, w8a16): a product which reads the weight once, in its own dtype,
+  on TPU within one fusion.  On GPUs it is a product of fp8 with fp8 (into the dtype of x), of int8
+  with int8 (into int32), or of bfloat16 with int8 that it converts; by Triton or, the first two, by
+  cuBLASLt, as XLA finds to be faster on the device.  Scales are multiplied in by what consumes the
+  result; quantising is one fusion with a norm before it, but reads anything else twice: the scale
+  of a token is known when all of it was seen.  There is no kernel: cuBLASLt has the chip's speed.
 * A scale for some of D (fp8_block, w4a16, nvfp4, mxfp4): first the whole weight is written out in
   bfloat16, two to four times its bytes, and read again; B200 is no exception, although it could
   multiply fp4.  For these there are kernels: those of `grouped_matmul`, with a single group.
@@ -20,6 +25,7 @@ On CPU this is the real path: int8 × int8 runs at about twice the speed of floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,7 +48,7 @@ def quantized_matmul(x_TD: Array, weight: Quantized) -> Array:
     """`x_TD` times the weight `[D, F]`: returns `[T, F]` in the dtype of x."""
     dims(x_TD=x_TD, weight_DF=weight)
     x, scale_T1 = activations(x_TD, weight)
-    product_TF = product(x, weight)
+    product_TF = product(x, weight, x_TD.dtype)
     return (product_TF if scale_T1 is None else product_TF * scale_T1).astype(x_TD.dtype)
 
 
@@ -75,19 +81,29 @@ def activations(x_TD: Array, weight: Quantized) -> tuple[Array, Array | None]:
     return (x.astype(jnp.float32) * jnp.repeat(scale, form.rows, axis=1)).astype(x_TD.dtype), None
 
 
-def product(x: Array, weight: Array | Quantized) -> Array:
-    """What `activations` made of x times the weight `[D, F]`: float32 `[T, F]`."""
+def product(x: Array, weight: Array | Quantized, sums: Any = jnp.float32) -> Array:
+    """What `activations` made of x times the weight `[D, F]`: float32 `[T, F]`.
+
+    sums: to what GPUs may round sums of fp8 products before they are scaled.
+    """
     if not isinstance(weight, Quantized):
         return _dot(x, weight)
     if weight.scales.shape[-2] > 1:
         return _dot(x, dequantize(weight, x.dtype))
     # Scaled afterwards, the values go into the product as they are.
-    return _dot(x, weight.values.astype(x.dtype)) * spread_scales(weight, jnp.float32)
+    return _dot(x, weight.values.astype(x.dtype), sums) * spread_scales(weight, jnp.float32)
 
 
-def _dot(x: Array, values: Array) -> Array:
+def _dot(x: Array, values: Array, sums: Any = jnp.float32) -> Array:
+    wide = partial(jnp.dot, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.float8_e4m3fn and sums == jnp.bfloat16:
+        # The library of GPUs cannot scale: its sums go through memory, and are half as many bytes.
+        narrow = partial(jnp.dot, preferred_element_type=sums)
+        return lax.platform_dependent(
+            x, values, cuda=lambda *args: narrow(*args).astype(jnp.float32), default=wide
+        )
     if x.dtype != jnp.int8:
-        return jnp.dot(x, values, preferred_element_type=jnp.float32)
+        return wide(x, values)
     # One row of int8 takes five times as long on CPU as two.
     rows = jnp.concatenate([x, x]) if len(x) == 1 else x
     return jnp.dot(rows, values, preferred_element_type=jnp.int32)[: len(x)].astype(jnp.float32)

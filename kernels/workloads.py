@@ -21,7 +21,7 @@ from jax.experimental.layout import Format, Layout
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import cases, choice, grouped_matmul, quantized_matmul, tpu
-from jaxinfer.kernels.quantized import bytes_of, format_of, quantize
+from jaxinfer.kernels.quantized import Quantized, bytes_of, format_of, quantize, values_layout
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool, write_pages
 from jaxinfer.kernels.write_pages import quantize as quantize_slots
@@ -93,7 +93,10 @@ def arguments(op: str, case: Any, seed: int = 0) -> tuple[Any, ...]:
     """Random arrays for an implementation of the operation, on the default device."""
     key = jax.random.key(seed)
     if isinstance(case, cases.Product):
-        return jax.block_until_ready(_product_arrays(key, case))
+        x, weight, *sizes = _product_arrays(key, case)
+        if isinstance(weight, Quantized):
+            weight = jax.device_put(weight, weight_formats(weight))
+        return jax.block_until_ready((x, weight, *sizes))
     new, q, pool, sinks = _page_arrays(key, case)
     if (formats := pool_formats(case)) is not None:
         pool = jax.device_put(pool, formats)
@@ -110,6 +113,13 @@ def pool_formats(case: cases.Case) -> Pool | None:
     return jax.tree.map(
         lambda leaf: Format(Layout(tuple(range(leaf.ndim))), here), cases.abstract(case)[1]
     )
+
+
+def weight_formats(weight: Quantized) -> Quantized:
+    """How a weight lies in the memory of the default device: as one that a model holds."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    values = Format(values_layout(weight, jax.default_backend()), here)
+    return replace(jax.tree.map(lambda _: here, weight), values=values)
 
 
 def rows_of(case: cases.Case, seed: int = 0) -> Rows:

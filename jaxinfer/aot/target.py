@@ -136,6 +136,7 @@ def gpu_proto(chip: Chip) -> str:
             f"'9.0a', got {gpu.compute_capability!r}"
         )
     feature = "ACCELERATED_FEATURES" if found[3] else "NONE"
+    # Without a version of CUDA, XLA believes that cuBLASLt has no products of fp8.
     return f"""
 platform_name: "CUDA"
 device_description_str: "{chip.device_kinds[0]}"
@@ -143,6 +144,7 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 gpu_device_info {{
   name: "{chip.device_kinds[0]}"
   device_vendor: "NVIDIA Corporation"
+  runtime_version: "13.0.0"
   cuda_compute_capability {{ major: {found[1]} minor: {found[2]} feature_extension: {feature} }}
   core_count: {gpu.sm_count}
   fpus_per_core: {gpu.fpus_per_sm}

@@ -70,6 +70,7 @@ def test_gpus_are_described(name, lines):
     proto = target.gpu_proto(configs.load_chip(name))
     assert proto.count("{") == proto.count("}")
     assert 'platform_name: "CUDA"' in proto
+    assert 'runtime_version: "13.' in proto
     for line in lines:
         assert line in proto
 

@@ -1,17 +1,22 @@
 """Products of quantised weights and groups, compiled for chips that are not here."""
 
+import math
+from dataclasses import replace
 from functools import partial
 
 import jax
 import pytest
+from jax.experimental.layout import Format
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jaxinfer.aot import compile_for
 from jaxinfer.aot import target as targets
 from jaxinfer.configs import load_chip
 from jaxinfer.kernels import cases, grouped_matmul_gpu, grouped_matmul_tpu
 from jaxinfer.kernels.gpu import Gpu
-from jaxinfer.kernels.quantized import FORMATS, Quantized, bytes_of
+from jaxinfer.kernels.quantized import FORMATS, Quantized, bytes_of, values_layout
 from jaxinfer.kernels.quantized_matmul import as_one_group, quantized_matmul
+from tests.kernels.products_on_gpu import LAYERS, feed_forward
 
 pytestmark = pytest.mark.compile
 
@@ -41,9 +46,21 @@ def dense(name):
     return cases.REAL_PRODUCTS[f"llama-3.1-70b/4, decode 64, {name}"]
 
 
-def arguments(case):
-    """Abstract tokens, weight, and (of groups) sizes."""
-    return [leaf for leaf in cases.abstract_product(case) if leaf is not None]
+PLACE = NamedSharding(AbstractMesh((1,), ("x",)), PartitionSpec())
+
+
+def arguments(case, target):
+    """Abstract tokens, weight (in memory as it is to lie there), and (of groups) sizes."""
+    x, weight, *sizes = (
+        jax.tree.map(lambda leaf: leaf.update(sharding=PLACE), argument)
+        for argument in cases.abstract_product(case)
+        if argument is not None
+    )
+    if isinstance(weight, Quantized):
+        layout = values_layout(weight, "tpu" if target in VMEM else "gpu")
+        values = weight.values.update(sharding=Format(layout, PLACE))
+        weight = replace(weight, values=values)
+    return [x, weight, *sizes]
 
 
 def stored_bytes(case):
@@ -66,7 +83,7 @@ def once(case):
 @pytest.mark.parametrize("target", [*VMEM, "h100:1", "h200:1", "b200:1"])
 def test_a_scale_for_all_of_d_needs_no_kernel(name, product, target):
     case = dense(name)
-    report = compile_for(target, quantized_matmul, *arguments(case))
+    report = compile_for(target, quantized_matmul, *arguments(case, target))
     assert report.memory.temporaries < stored_bytes(case) / 2
     assert report.hbm_bytes < once(case)
     assert not report.kernels
@@ -80,11 +97,13 @@ def test_a_scale_for_some_of_d_does(name, target, kernel_ran):
     """The reference writes the weight out and reads it again.  If this fails, XLA has learnt it."""
     kernel_ran("quantized_matmul", backend(target), name, chip(target))
     case = dense(name)
-    report = compile_for(target, quantized_matmul, *arguments(case))
+    report = compile_for(target, quantized_matmul, *arguments(case, target))
     assert report.hbm_bytes > 2 * stored_bytes(case)
     if target not in VMEM:
         assert report.products == ("bf16 x bf16 -> f32",)
-    report = compile_for(target, partial(as_one_group, kernel_for(target)), *arguments(case))
+    report = compile_for(
+        target, partial(as_one_group, kernel_for(target)), *arguments(case, target)
+    )
     assert report.kernels
     assert report.memory.temporaries < stored_bytes(case) / 4
     assert report.hbm_bytes < once(case)
@@ -95,7 +114,9 @@ def test_a_scale_for_some_of_d_does(name, target, kernel_ran):
 @pytest.mark.parametrize("target", [*VMEM, H100, H200, B200])
 def test_grouped(name, target, kernel_ran):
     kernel_ran("grouped_matmul", backend(target), name or "bfloat16", chip(target))
-    given = arguments(cases.REAL_PRODUCTS[f"qwen3-30b-a3b/8, decode 64, {name or 'bfloat16'}"])
+    given = arguments(
+        cases.REAL_PRODUCTS[f"qwen3-30b-a3b/8, decode 64, {name or 'bfloat16'}"], target
+    )
     report = compile_for(target, kernel_for(target), *given)
     assert len(report.kernels) == 1
     assert not report.copies_of(jax.tree.leaves(given[1])[0])  # scales are small, and may be
@@ -105,7 +126,9 @@ def test_grouped(name, target, kernel_ran):
 @pytest.mark.parametrize("name", [None, *FORMATS])
 @pytest.mark.parametrize("target", [H200, B200])
 def test_large_tiles_stay_in_registers(name, target):
-    given = arguments(cases.REAL_PRODUCTS[f"mixtral-8x7b, prefill 2048, {name or 'bfloat16'}"])
+    given = arguments(
+        cases.REAL_PRODUCTS[f"mixtral-8x7b, prefill 2048, {name or 'bfloat16'}"], target
+    )
     report = compile_for(target, kernel_for(target), *given)
     assert len(report.kernels) == 1
     assert not report.copies_of(jax.tree.leaves(given[1])[0])  # scales are small, and may be
@@ -115,26 +138,58 @@ def test_large_tiles_stay_in_registers(name, target):
 @NEWER
 def test_spilled_registers_are_seen():
     """Sums that take all registers of a thread."""
-    given = arguments(cases.Product((128,), 512, 512, "w4a16"))
+    given = arguments(cases.Product((128,), 512, 512, "w4a16"), "h200:1")
     blocks = grouped_matmul_gpu.Blocks(128, 256, 2, 1)
     report = compile_for("h200:1", kernel_for("h200:1", blocks=blocks), *given)
     assert any("spilled" in line for line in report.warnings)
 
 
-def d_innermost(x, values_EFD, scales, sizes_E, *, name, gpu):
-    weight = Quantized(values_EFD.swapaxes(1, 2), scales, None, name)
-    return grouped_matmul_gpu.grouped_matmul(x, weight, sizes_E, gpu=gpu, depth_minor=True)
+def layer(tokens, weights):
+    """The products of a layer, each of its own tokens."""
+    return [quantized_matmul(x, weight) for x, weight in zip(tokens, weights, strict=True)]
 
 
-@pytest.mark.parametrize("step", cases.STEP_TOKENS)
-@pytest.mark.parametrize("name", ["fp8", "int8"])
-@pytest.mark.parametrize("target", [H200, B200])
-def test_weights_with_d_innermost_are_not_moved(name, target, step):
-    case = cases.REAL_PRODUCTS[f"qwen3-30b-a3b/8, {step}, {name}"]
-    x, weight, sizes = arguments(case)
-    values = jax.ShapeDtypeStruct((16, case.F, case.D), weight.values.dtype)
-    kernel = partial(d_innermost, name=name, gpu=GPUS[target])
-    report = compile_for(target, kernel, x, values, weight.scales, sizes)
-    assert len(report.kernels) == 1
-    assert not report.copies_of(values)
-    assert not report.warnings
+# There is nothing to time without a device: which of the two it is must be said.
+LIBRARY, TRITON = ({"xla_gpu_enable_triton_gemm": triton} for triton in (False, True))
+
+
+@pytest.mark.parametrize("step", ["decode 64", "prefill 4096"])
+@pytest.mark.parametrize(
+    ("name", "library", "factors"),
+    [
+        ("fp8", "__cublas$lt$matmul$f8", "f8e4m3fn x f8e4m3fn"),
+        ("int8", "__cublas$lt$matmul", "s8 x s8"),
+    ],
+)
+@pytest.mark.parametrize("target", ["h100:1", "h200:1", "b200:1"])
+def test_8_bit_products_take_weights_as_they_lie(name, library, factors, target, step):
+    """By cuBLASLt and by Triton, whichever is faster in the end."""
+    given = [
+        arguments(cases.REAL_PRODUCTS[f"llama-3.1-8b {one}, {step}, {name}"], target)
+        for one in cases.LAYER
+    ]
+    tokens, weights = zip(*given, strict=True)
+    report = compile_for(target, layer, tokens, weights, options=LIBRARY)
+    assert report.custom_calls == {library: len(cases.LAYER)}
+    assert not report.copies
+    report = compile_for(target, layer, tokens, weights, options=TRITON)
+    assert not report.custom_calls
+    assert {one.partition(" -> ")[0] for one in report.products} == {factors}
+    assert not report.copies
+
+
+@pytest.mark.parametrize("target", ["h100:1", "h200:1"])
+def test_scales_and_quantising_are_fused_with_what_is_beside_them(target):
+    """Beside products, a layer of the feed-forward reads the sums of gate and up twice (the largest
+    of a token is known only in the end), and little else more than once."""
+    x, gate_up = arguments(cases.REAL_PRODUCTS["llama-3.1-8b gate_up, prefill 4096, fp8"], target)
+    hidden, down = arguments(cases.REAL_PRODUCTS["llama-3.1-8b down, prefill 4096, fp8"], target)
+    chain = partial(feed_forward, quantized_matmul)
+    report = compile_for(target, chain, x, gate_up, down, options=LIBRARY)
+    assert report.custom_calls == {"__cublas$lt$matmul$f8": 2 * LAYERS}
+    weights = math.prod(gate_up.shape) + math.prod(down.shape)
+    width, sums = x.size, 2 * 2 * hidden.size  # bytes: of what is fp8, and of gate and up
+    products = weights + width + sums + hidden.size + 2 * width
+    # Two times with the layer's input, for the scales of its tokens.
+    beside = 3 * width + 2 * (sums + 2 * width) + hidden.size + 6 * width
+    assert report.hbm_bytes < 1.02 * LAYERS * (products + beside)

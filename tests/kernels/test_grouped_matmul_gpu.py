@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.errors import ConfigError, ShapeError
+from jaxinfer.errors import ShapeError
 from jaxinfer.kernels import cases
 from jaxinfer.kernels.quantized import quantize
 from jaxinfer.kernels.quantized_matmul import as_one_group
@@ -67,35 +67,19 @@ def test_blackwell_matches_float64(name):
     check_interpreted(BLACKWELL, case, Blocks(128, 64, 2, 1, depth))
 
 
-@pytest.mark.parametrize("gpu", [HOPPER, BLACKWELL])
-@pytest.mark.parametrize("name", ["fp8", "int8", None])
-def test_weights_may_lie_with_d_innermost(name, gpu):
-    blocks = Blocks(128, 64, 2, 1, 128 if name else 64)
-    case = cases.Product(cases.GROUPS["gaps"], 256, 128, name)
-    check_interpreted(gpu, case, blocks, depth_minor=True)
-
-
-def test_only_what_is_multiplied_as_it_is_stored_may_lie_so():
-    x, weight, sizes = build(cases.Product((1,), 256, 64, "w4a16"), jnp.bfloat16)
-    with pytest.raises(ConfigError, match="w4a16 is not multiplied as it is stored"):
-        grouped_matmul(x, weight, sizes, gpu=HOPPER, depth_minor=True)
-
-
 @pytest.mark.parametrize(
-    ("name", "hopper", "depth_minor", "blackwell"),
+    ("name", "operand"),
     [
-        ("fp8", "float16", "float8_e4m3fn", "float8_e4m3fn"),
-        ("int8", "bfloat16", "int8", "int8"),
-        ("w8a16", "bfloat16", "bfloat16", "bfloat16"),
-        ("fp8_block", "bfloat16", "bfloat16", "bfloat16"),
-        ("nvfp4", "bfloat16", "bfloat16", "bfloat16"),
+        ("fp8", "float8_e4m3fn"),
+        ("int8", "int8"),
+        ("w8a16", "bfloat16"),
+        ("fp8_block", "bfloat16"),
+        ("nvfp4", "bfloat16"),
     ],
 )
-def test_what_is_multiplied(name, hopper, depth_minor, blackwell):
+def test_what_is_multiplied(name, operand):
     weight = jax.eval_shape(lambda: quantize(jnp.ones((1, 128, 64)), name))
-    assert multiplied(weight, HOPPER) == hopper
-    assert multiplied(weight, HOPPER, depth_minor=True) == depth_minor
-    assert multiplied(weight, BLACKWELL) == blackwell
+    assert multiplied(weight) == operand
 
 
 @pytest.mark.parametrize("name", ["fp8_block", "w4a16", "nvfp4", "mxfp4"])
@@ -117,18 +101,17 @@ def test_blocks_fit_and_divide(name, gpu):
     x, weight, _ = cases.abstract_product(replace(case, single=False))
     D, F = case.D, case.F
     assert refusal(x, weight, gpu) is None
-    for depth_minor in (False, True):
-        blocks = block_sizes(x, weight, gpu, depth_minor=depth_minor)
-        assert F % blocks.width == 0
-        assert D % blocks.depth == 0
-        assert blocks.stages >= 3
-        if gpu == HOPPER:
-            assert blocks.tokens in (64, 128)
-            # Half of what a thread block has: its share of the SM's registers must hold the sums.
-            assert blocks.per_sm * blocks.tokens * blocks.width <= 65536 // 2
-        else:
-            assert blocks.tokens == 128
-            assert blocks.per_sm * blocks.width <= 512
+    blocks = block_sizes(x, weight, gpu)
+    assert F % blocks.width == 0
+    assert D % blocks.depth == 0
+    assert blocks.stages >= 3
+    if gpu == HOPPER:
+        assert blocks.tokens in (64, 128)
+        # Half of what a thread block has: its share of the SM's registers must hold the sums.
+        assert blocks.per_sm * blocks.tokens * blocks.width <= 65536 // 2
+    else:
+        assert blocks.tokens == 128
+        assert blocks.per_sm * blocks.width <= 512
     with pytest.raises(ShapeError, match="no block of it fits 1000 bytes"):
         block_sizes(x, weight, replace(gpu, shared_bytes=1000))
 

@@ -122,6 +122,25 @@ def test_on_tpu_pools_lie_as_the_kernels_want_them(monkeypatch):
     assert workloads.difference("write_pages", written, want) == 0
 
 
+@pytest.mark.parametrize(("op", "single"), [("quantized_matmul", True), ("grouped_matmul", False)])
+@pytest.mark.parametrize(("name", "minor"), [("fp8", "D"), ("int8", "D"), ("w8a16", "F")])
+def test_on_gpu_weights_lie_as_they_are_multiplied(op, single, name, minor, monkeypatch):
+    """With the CPU in the role of a GPU: it computes the same from either order."""
+    case = Product((9,), D=128, F=64, format=name, single=single)
+    plain = workloads.arguments(op, case)
+    run = workloads.implementation(op, case, "reference", None)
+    want = run(*plain)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, weight, *sizes = workloads.arguments(op, case)
+    order = weight.values.format.layout.major_to_minor
+    assert order[-1] == weight.values.ndim - (2 if minor == "D" else 1)
+    assert weight.shape == plain[1].shape
+    np.testing.assert_array_equal(weight.values, plain[1].values)
+    compiled = jax.jit(run).lower(x, weight, *sizes).compile()
+    assert compiled.input_formats[0][1].values.layout.major_to_minor == order
+    assert workloads.difference(op, run(x, weight, *sizes), want) < 1e-2
+
+
 def test_every_name_that_is_timed_or_tuned_is_a_case():
     for names in (cases.TIMED, cases.TIMED_ON_CPU, cases.TUNED):
         for op, chosen in names.items():

@@ -1,0 +1,166 @@
+"""Products of a model on the GPU at hand: bfloat16 beside a quantised format, and in company.
+
+    python -m tests.kernels.products_on_gpu                             # fp8, 4,096 tokens
+    python -m tests.kernels.products_on_gpu --format int8 --tokens 64
+    python -m tests.kernels.products_on_gpu --tokens 8 --shrink 64      # anywhere: does it run?
+
+A line for each program: its time, its rate, the share of what a large square product of the same
+numbers reaches, and what it was compiled to.  The shapes are those of Llama-3.1-8B.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxinfer.aot.hlo import parse
+from jaxinfer.aot.report import read
+from jaxinfer.kernels import cases, timing, workloads
+from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
+from jaxinfer.kernels.quantized_matmul import quantized_matmul
+from jaxinfer.layers import linear, rms_norm
+from jaxinfer.step import COMPILER_OPTIONS
+
+LAYERS = 4  # of the chain
+SQUARE = {"gpu": 8192, "cpu": 256}
+
+
+def arrays(name: str, num_tokens: int, sizes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Of each product the tokens, the weight [F, D] and the quantised one [D, F], made by one
+    program."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def make() -> dict[str, Any]:
+        def uniform(*shape: int) -> Array:
+            nonlocal key  # numbers of a counter: threefry would take seconds to compile
+            key, one = jax.random.split(key)
+            return jax.random.uniform(one, shape, jnp.bfloat16, -1.0, 1.0)
+
+        key = jax.random.key(0, impl="rbg")
+        found = {}
+        for product, (D, F) in sizes.items():
+            weight_FD = uniform(F, D) * D**-0.5
+            found[product] = uniform(num_tokens, D), weight_FD, quantize(weight_FD.T, name)
+        return found
+
+    def place(leaf: Any) -> Any:
+        return workloads.weight_formats(leaf) if isinstance(leaf, Quantized) else here
+
+    places = jax.tree.map(
+        place, jax.eval_shape(make), is_leaf=lambda leaf: isinstance(leaf, Quantized)
+    )
+    return jax.block_until_ready(jax.jit(make, out_shardings=places)())
+
+
+def product(x: Array, values_DF: Array) -> Array:
+    """The product that `quantized_matmul` has inside on a GPU, before it is scaled."""
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.bfloat16
+    return jnp.dot(x, values_DF, preferred_element_type=sums)
+
+
+def square(left: Array, right_FD: Array) -> Array:
+    sums = jnp.int32 if left.dtype == jnp.int8 else jnp.float32
+    contract = (((1,), (1,)), ((), ()))
+    return lax.dot_general(left, right_FD, contract, preferred_element_type=sums)
+
+
+def feed_forward(multiply: Callable[..., Array], x_TD: Array, gate_up: Any, down: Any) -> Array:
+    """Layers as the model has them, all of the same weights."""
+    scale_D = jnp.ones(x_TD.shape[1], x_TD.dtype)
+    for _ in range(LAYERS):
+        normed_TD = rms_norm(x_TD, scale_D[None], 1e-5)
+        gate_TF, up_TF = jnp.split(multiply(normed_TD, gate_up), 2, axis=1)
+        x_TD = x_TD + multiply(jax.nn.silu(gate_TF) * up_TF, down)
+    return x_TD
+
+
+def made_of(text: str) -> str:
+    """How many of what a compiled program runs: products of libraries and fusions, other fusions,
+    copies."""
+    module, found = parse(text), Counter[str]()
+    for times, _, one in module.executed():
+        if one.target:
+            found[one.target] += times
+        elif one.opcode == "fusion":
+            inner = module.computations[one.called("calls") or ""].instructions.values()
+            dots = any(part.opcode == "dot" for part in inner)
+            found["Triton product" if dots or "gemm" in one.name else "fusion"] += times
+    found["copy"] += sum(copy.count for copy in read(text)["copies"])
+    return ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
+
+
+def measure(
+    words: str, function: Callable[..., Any], *args: Any, flops: float, ceiling: float = 0.0
+) -> tuple[Any, float]:
+    """Print a line; returns the result and the rate."""
+    options: Any = COMPILER_OPTIONS.get(jax.default_backend())
+    call = jax.jit(function).lower(*args).compile(compiler_options=options)
+    result = call(*args)
+    seconds = timing.seconds_per_call(lambda _: call(*args))
+    rate = flops / seconds
+    share = f"{rate / ceiling:6.1%}" if ceiling else "      "
+    print(
+        f"{words:28} {1e6 * seconds:9.1f} us {rate / 1e12:8.1f} TFLOP/s {share}  "
+        f"{made_of(call.as_text())}",
+        flush=True,
+    )
+    return result, rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--format", choices=("fp8", "int8"), default="fp8")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--shrink", type=int, default=1, help="divide D and F by this")
+    parser.add_argument("--only", nargs="+", help="of qkv, out, gate_up, down, chain")
+    args = parser.parse_args()
+    platform, name, T = jax.default_backend(), args.format, args.tokens
+    sizes = {key: (D // args.shrink, F // args.shrink) for key, (D, F) in cases.LAYER.items()}
+    ceilings = timing.ceilings(platform)
+    print(jax.devices()[0].device_kind, f"jax {jax.__version__}", ceilings, flush=True)
+    made = arrays(name, T, sizes)
+    wide, n = ceilings.flops_per_second, SQUARE.get(platform, 8192)
+    stored = made["out"][2].values.dtype
+    big = jax.jit(lambda w: jnp.resize(w.ravel(), (n, n)))(made["gate_up"][2].values)
+    narrow = measure(f"{name}, square {n}", square, big, big.astype(stored), flops=2 * n**3)[1]
+    for key, (D, F) in sizes.items():
+        if key not in (args.only or sizes):
+            continue
+        x_TD, weight_FD, weight = made[key]
+        flops = 2 * T * D * F
+        want, _ = measure(
+            f"{key} {D}x{F}, bfloat16", linear, x_TD, weight_FD, flops=flops, ceiling=wide
+        )
+        found, _ = measure(
+            f"{key} {D}x{F}, {name} whole", quantized_matmul, x_TD, weight, flops=flops,
+            ceiling=narrow,
+        )  # fmt: skip
+        far = workloads.difference("quantized_matmul", found, want)
+        x, _ = jax.jit(partial(quantize_activations, name=name))(x_TD)
+        measure(
+            f"{key} {D}x{F}, {name} product", product, x, weight.values, flops=flops,
+            ceiling=narrow,
+        )  # fmt: skip
+        print(f"    {name} differs from bfloat16 by {far:.2%} of the largest", flush=True)
+    if "chain" in (args.only or ["chain"]):
+        flops = LAYERS * 2 * T * sum(D * F for D, F in (sizes["gate_up"], sizes["down"]))
+        for words, multiply, which, ceiling in (
+            ("bfloat16", linear, 1, wide), (name, quantized_matmul, 2, narrow)
+        ):  # fmt: skip
+            weights = made["gate_up"][which], made["down"][which]
+            chain = partial(feed_forward, multiply)
+            measure(
+                f"feed-forward x{LAYERS}, {words}", chain, made["out"][0], *weights, flops=flops,
+                ceiling=ceiling,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
