@@ -84,7 +84,7 @@ def write_pages(pool: Pool, k_TKH: Array, v_TKH: Array, rows: Rows) -> Pool:
     token_T = jnp.arange(sizes["T"])
     page_T = rows.page_table_BM[rows.rows_T, rows.positions_T // sizes["S"]]
     # Beyond the pool nothing is written; each padding token has a page of its own there, for XLA is
-    # told that no two writes meet: on GPUs it would else make one of two bytes an atomic exchange.
+    # told that no two writes meet: else, on GPUs, a loop of atomic exchanges stores each number.
     page_T = jnp.where(token_T < rows.num_tokens, page_T, sizes["P"] + token_T)
     slot_T = rows.positions_T % sizes["S"]
 
