@@ -106,9 +106,28 @@ def apply_rope(x: Array, cosines: Array, sines: Array) -> Array:
     half = cosines.shape[-1]
     shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (half,)
     cosines, sines = cosines.reshape(shape), sines.reshape(shape)
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    rotated = [first * cosines - second * sines, second * cosines + first * sines, rest]
+    pairs, rest = jnp.split(x, [2 * half], axis=-1)
+    rotated = lax.platform_dependent(
+        pairs, cosines, sines, cuda=_rotate_by_exchange, default=_rotate_by_halves
+    )
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+def _rotate_by_halves(x: Array, cosines: Array, sines: Array) -> Array:
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cosines - second * sines, second * cosines + first * sines]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _rotate_by_exchange(x: Array, cosines: Array, sines: Array) -> Array:
+    """The same sums without a concatenation: of that XLA makes a branch for each element on GPUs,
+    and loads them one by one."""
+    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    others = jnp.flip(pairs, axis=-2).astype(jnp.float32)
+    is_first = lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + (2, 1), x.ndim - 1) == 0
+    cosines, sines = cosines[..., None, :], sines[..., None, :]
+    rotated = pairs.astype(jnp.float32) * cosines + others * jnp.where(is_first, -sines, sines)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def linear(x: Array, weight: Array, letters: str | None = None) -> Array:

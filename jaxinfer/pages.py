@@ -1,7 +1,7 @@
 """The pool of KV-cache pages and the reuse of common prefixes.  Imports no jax.
 
 A page holds the keys and values of `page_size` consecutive tokens of one sequence, for all layers.
-Page 0 is the dump page: padded writes land there, and no request ever owns it.
+Page 0 is the dump page: what is padding in a table names it, and no request ever owns it.
 
 A full page is named by a digest of all tokens from the start of its sequence to its own end, so two
 sequences share exactly the pages of their common prefix.  Pages in use are counted by reference;

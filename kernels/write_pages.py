@@ -75,18 +75,21 @@ def unpack(stored: Array, dtype: Any) -> Array:
 
 
 def write_pages(pool: Pool, k_TKH: Array, v_TKH: Array, rows: Rows) -> Pool:
-    """Store each token's key and value at its position; padding goes to page 0, the dump page.
+    """Store each token's key and value at its position; padding goes nowhere.
 
-    The pool is updated in place when its buffers are donated.
+    No two tokens of the step may have the same position of the same sequence.  The pool is updated
+    in place when its buffers are donated.
     """
     sizes = dims(pool_PKSH=pool, k_TKH=k_TKH, v_TKH=v_TKH)
-    real_T = jnp.arange(sizes["T"]) < rows.num_tokens
+    token_T = jnp.arange(sizes["T"])
     page_T = rows.page_table_BM[rows.rows_T, rows.positions_T // sizes["S"]]
-    page_T = jnp.where(real_T, page_T, 0)
+    # Beyond the pool nothing is written; each padding token has a page of its own there, for XLA is
+    # told that no two writes meet: else, on GPUs, a loop of atomic exchanges stores each number.
+    page_T = jnp.where(token_T < rows.num_tokens, page_T, sizes["P"] + token_T)
     slot_T = rows.positions_T % sizes["S"]
 
     def write(pages: Array, values: Array) -> Array:
-        return pages.at[page_T, :, slot_T].set(values)
+        return pages.at[page_T, :, slot_T].set(values, mode="drop", unique_indices=True)
 
     dtype = pool.k_PKSH.dtype
     if pool.k_scale_PKS is None or pool.v_scale_PKS is None:

@@ -62,3 +62,17 @@ def test_a_part_of_a_head_rotates():
     turned = pairs * np.exp(1j * angles)[:, None]
     want = np.concatenate([turned.real, turned.imag, x[..., 6:]], -1)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("inner", "width"), [((2, 4), 64), ((3,), 12)])
+def test_both_ways_to_rotate_give_the_same_bits(inner, width, dtype):
+    """GPUs go the second; here, op by op, where nothing is contracted to fused multiply-adds."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(5, *inner, width)), dtype)
+    shape = (5,) + (1,) * len(inner) + (width // 2,)
+    cosines, sines = jnp.asarray(rng.uniform(-1, 1, size=(2, *shape)), jnp.float32)
+    want = layers._rotate_by_halves(x, cosines, sines)
+    got = layers._rotate_by_exchange(x, cosines, sines)
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
