@@ -55,7 +55,8 @@ def test_hopper_matches_float64(name, kernel_ran):
     case, index = cases.SMALL_PRODUCTS[name], STACKS.index(name)
     kernel_ran("grouped_matmul", "mosaic_gpu", case.format or "bfloat16", "interpreted")
     # Small ones, so that there are several of each, and not the same for all cases.
-    blocks = Blocks(64 << (index % 5 == 0), 64, 2 + index % 2, 1 + index % 2)
+    narrow = case.format in ("fp8", "int8") and index % 2
+    blocks = Blocks(64 << (index % 5 == 0), 64, 2 + index % 2, 1 + index % 2, 64 << narrow)
     check_interpreted(HOPPER, case, blocks)
 
 
