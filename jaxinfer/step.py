@@ -37,12 +37,15 @@ from jaxinfer.shapes import Leaf
 logger = logging.getLogger(__name__)
 
 # A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
-# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
+# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.  Products
+# are the vendor's: Triton's are faster when timed one by one, but a step of them takes 1 to 5 %
+# longer (on H100), for they leave the residual's addition to a kernel of its own.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "gpu": {
         "xla_gpu_enable_command_buffer": (
             "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
-        )
+        ),
+        "xla_gpu_enable_triton_gemm": False,
     }
 }
 

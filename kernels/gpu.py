@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax import Array
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxinfer.configs import Chip
@@ -31,6 +32,12 @@ def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Array:
     """What a reference holds, in registers; `optimized`: refuse to do it slowly."""
     # JAX 0.10, which these kernels do not run with, had one argument more.
     return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
+
+
+def meet() -> None:
+    """The threads of a warpgroup await each other: what any of them stored in shared memory, all
+    can load afterwards.  For kernels in which Pallas puts no barriers around stores."""
+    plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
 
 
 def row_layout(width: int) -> Any:

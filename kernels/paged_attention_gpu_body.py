@@ -135,5 +135,7 @@ def attend(
         grid_names=("multiprocessor",),
         num_threads=t.groups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=not unit.BARRIERS
+        ),
     )(*inputs.values())

@@ -131,12 +131,18 @@ class Computer(Worker):
         weights = weights.astype(p.operand)
         v_ref = self._operand(scratch["v_smem"].at[slot])
         pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
+        if p.quantized and not self.unit.COMMITS:
+            plgpu.commit_smem()
         return self.unit.weigh(acc, shrink, weights, v_ref), new_peak, total
 
     def _keys(self, ref: Any) -> list[Any]:
         """Keys as the matrix unit takes them, before their scales."""
-        if self.unit.KEYS is None or not self.p.quantized:
-            return [self._operand(ref)]
+        if not self.p.quantized:
+            return [ref]
+        if self.unit.KEYS is None:
+            wide = self._operand(ref)
+            plgpu.commit_smem()
+            return [wide]
         parts = self._converted(load(ref, self.unit.KEYS))
         return [plgpu.layout_cast(part, plgpu.Layout.WGMMA) for part in parts]
 
@@ -150,7 +156,7 @@ class Computer(Worker):
         return [low.astype(jnp.bfloat16) - 8, high.astype(jnp.bfloat16) * 0.0625]
 
     def _operand(self, ref: Any) -> Any:
-        """Keys or values as the matrix unit takes them, before their scales."""
+        """Keys or values as the matrix unit takes them, before their scales; to be committed."""
         p = self.p
         if not p.quantized:
             return ref
@@ -160,13 +166,14 @@ class Computer(Worker):
             stored = load(ref.at[:, pl.ds(at, step)], row_layout(step))
             for half, part in enumerate(self._converted(stored)):
                 wide[:, pl.ds(half * p.width + at, step)] = part
-        plgpu.commit_smem()
         return wide
 
     def _clear(self, v_ref: Any, written: Array) -> None:
         """Zero the slots that nobody may see: a NaN would survive its zero weight.
 
-        Warpgroups that share the block all do so; what they write is the same."""
+        Warpgroups that share the block all do so; what they write is the same.  A thread loads what
+        it stored itself, here or in `_operand`: the layouts are alike.
+        """
         step = columns_at_once(self.p.width)
         for at in range(0, self.p.H, step):
             piece = v_ref.at[:, pl.ds(at, step)]

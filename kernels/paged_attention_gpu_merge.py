@@ -27,8 +27,11 @@ PIECES = {
     ),
 }
 
-# Parts whose loads are in flight together: their latency is what merging costs.
-AT_ONCE = 8
+# Parts whose loads are in flight together: their latency is what merging costs.  Of most rows there
+# are few.
+AT_ONCE, FEW = 8, 2
+# So many blocks of threads keep a chip loading; if there are as many anyway, each has whole rows.
+BUSY = 256
 
 
 def _piece(heads: int, width: int) -> tuple[int, int] | None:
@@ -49,12 +52,14 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
     rows = starts.shape[0] - 1
     seed = jnp.full((heads, padded), FLOOR, jnp.float32)
     seed = seed if sinks_KG is None else seed.at[:, :group].set(sinks_KG)
-    # Many small blocks, so that the few long rows of a batch keep the whole chip loading.
     merged, piece = group, _piece(group, width)
     if piece is None:
         merged, piece = padded, (8, 16)  # heads are padded to eights, and wide by sixteens
     layout = PIECES[piece]
-    across, along = merged // piece[0], width // piece[1]
+    across = merged // piece[0]
+    if rows * heads * across >= BUSY:
+        piece = piece[0], width
+    along = width // piece[1]
 
     def body(acc, stat, starts, seed, out):
         row, head, at = (lax.axis_index(name) for name in ("row", "head", "piece"))
@@ -68,11 +73,11 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
         def read(ref, layout):
             return load(ref, layout, optimized=False)
 
-        def fold(turn, carry):
+        def fold(begin, count, carry):
             total, peak, values = carry
             found = []
-            for n in range(AT_ONCE):
-                index = first + turn * AT_ONCE + n
+            for n in range(count):
+                index = begin + n
                 at = jnp.minimum(index, last - 1)
                 part = (lax.div(at, jnp.int32(parts)), head, lax.rem(at, jnp.int32(parts)))
                 other_peak = read(stat.at[(*part, 0, some)], layout.reduce(1))
@@ -95,7 +100,14 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
         peak = read(seed.at[head, some], layout.reduce(1))
         total = jnp.where(peak > FLOOR, 1.0, 0.0)
         turns = lax.div(last - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
-        total, _, values = lax.fori_loop(0, turns, fold, (total, peak, zeros))
+        total, _, values = lax.cond(
+            (first < last) & (last - first <= FEW),
+            lambda carry: fold(first, FEW, carry),
+            lambda carry: lax.fori_loop(
+                0, turns, lambda turn, carry: fold(first + turn * AT_ONCE, AT_ONCE, carry), carry
+            ),
+            (total, peak, zeros),
+        )
         total = jnp.where(total == 0, 1.0, total)
         out[row, head, some, columns] = (values * over_columns(1 / total)).astype(out.dtype)
 

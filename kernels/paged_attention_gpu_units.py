@@ -5,6 +5,9 @@ registers, and `KEYS` how keys do that come from there (None: they come from sha
 `scores` multiplies queries with keys, `weigh` adds weighted values to an accumulator that `start`
 made (in registers, on Blackwell in tensor memory); both have their result when they return.
 `columns` and `leave` take the accumulator out, some columns at a time.
+
+`BARRIERS`: Pallas puts barriers of the warpgroup around each store to shared memory.  `COMMITS`:
+`weigh` makes what the warpgroup stored there visible to the matrix unit, values included.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.gpu import Gpu, load
+from jaxinfer.kernels.gpu import Gpu, load, meet
 from jaxinfer.kernels.paged_attention_gpu_work import Problem, Tiling
 
 
@@ -46,6 +49,8 @@ class Wgmma:
     ROWS: ClassVar[int] = 64
     LAYOUT: ClassVar[Any] = plgpu.Layout.WGMMA
     KEYS: ClassVar[Any] = None
+    BARRIERS: ClassVar[bool] = True
+    COMMITS: ClassVar[bool] = False
     WIDEST: ClassVar[int] = 256
 
     @staticmethod
@@ -106,7 +111,9 @@ class Turned:
 
     A tile of eight rows would fill an eighth of the unit's rows, and of the registers.  Scores
     come out transposed, and go through shared memory into rows; so do the weights on their way
-    back.
+    back.  A block takes two barriers, one after its scores and one after its weights were stored:
+    whatever is stored in shared memory is loaded behind the next of them, and stored anew behind
+    the one after that.
     """
 
     # Two rows a warp, four neighbours a thread.
@@ -114,6 +121,8 @@ class Turned:
         plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
     )
     KEYS: ClassVar[Any] = plgpu.Layout.WGMMA_UPCAST_2X
+    BARRIERS: ClassVar[bool] = False
+    COMMITS: ClassVar[bool] = True
 
     @staticmethod
     def scratch(p: Problem, t: Tiling) -> dict[str, Any]:
@@ -143,6 +152,7 @@ class Turned:
         )
         ref = self.scores_ref.at[pl.ds(0, q_ref.shape[0])]
         ref.transpose((1, 0))[...] = plgpu.layout_cast(turned, plgpu.Layout.WGMMA_TRANSPOSED)
+        meet()
         return load(ref, self.LAYOUT, optimized=False)
 
     @staticmethod
@@ -186,6 +196,8 @@ class Tcgen05:
     ROWS: ClassVar[int] = 128
     LAYOUT: ClassVar[Any] = plgpu.Layout.TCGEN05
     KEYS: ClassVar[Any] = None
+    BARRIERS: ClassVar[bool] = True
+    COMMITS: ClassVar[bool] = True
     WIDEST: ClassVar[int] = 128  # that of a wider head for two warpgroups does not fit
 
     @staticmethod
