@@ -37,17 +37,26 @@ from jaxinfer.shapes import Leaf
 logger = logging.getLogger(__name__)
 
 # A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
-# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.  Products
-# are the vendor's: Triton's are faster when timed one by one, but a step of them takes 1 to 5 %
-# longer (on H100), for they leave the residual's addition to a kernel of its own.
+# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "gpu": {
         "xla_gpu_enable_command_buffer": (
             "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
-        ),
-        "xla_gpu_enable_triton_gemm": False,
+        )
     }
 }
+# From so many tokens on a GPU's products are the vendor's.  Triton's are faster when timed one by
+# one, but a step of them takes up to 5 % longer on H100, for they leave the addition of the
+# residual to a kernel of its own.
+VENDORS_FROM = 64
+
+
+def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool] | None:
+    """What XLA is to be told of a program for so many tokens; None: nothing."""
+    options = COMPILER_OPTIONS.get(platform)
+    if platform != "gpu" or options is None or num_tokens < VENDORS_FROM:
+        return options
+    return options | {"xla_gpu_enable_triton_gemm": False}
 
 
 @struct.dataclass
@@ -144,11 +153,6 @@ class Step:
         self._backbones: dict[int, Any] = {}
         self._heads: dict[int, Any] = {}
 
-    @property
-    def compiler_options(self) -> dict[str, str | bool] | None:
-        """What XLA is to be told for this step's devices."""
-        return COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform)
-
     def initial_state(self) -> State:
         """Zeros on the devices."""
 
@@ -183,6 +187,7 @@ class Step:
     def compile(self, weights: dict[str, Any], table: SamplingTable) -> None:
         """Compile every bucket, two at a time; `weights` and `table` may be abstract."""
         started = time.perf_counter()
+        platform = self.mesh.devices.flat[0].platform
         weights, table = jax.tree.map(_abstract, (weights, table))
         history_width = self.abstract_state.history_BT.shape[1]
         jobs = [
@@ -209,7 +214,8 @@ class Step:
                 lowered = lower()
 
                 def finish(programs=programs, size=size, lowered=lowered) -> None:
-                    programs[size] = lowered.compile(compiler_options=self.compiler_options)
+                    options = compiler_options(platform, size)
+                    programs[size] = lowered.compile(compiler_options=options)
                     bar.update()
 
                 running.append(threads.submit(finish))

@@ -172,24 +172,27 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
     import jax
 
     from jaxinfer.aot.compile import finish
+    from jaxinfer.step import compiler_options
 
     step, weights, table = abstract_engine(targets.devices(target), workload, target.chip)
-    limits, pages = step.limits, step.limits.pages_per_row
+    limits, batch = step.limits, workload.batch
+    platform = step.mesh.devices.flat[0].platform
     lowerings = {
-        "decode": (lambda: step.lower_backbone(weights, workload.batch), pages),
-        "head": (lambda: step.lower_head(weights, table, workload.batch), 1),
+        "decode": (step.lower_backbone, (weights,), batch, limits.pages_per_row),
+        "head": (step.lower_head, (weights, table), batch, 1),
     }
     if workload.prefill:
-        lowerings["prefill"] = (lambda: step.lower_backbone(weights, limits.max_num_tokens), 1)
+        lowerings["prefill"] = (step.lower_backbone, (weights,), limits.max_num_tokens, 1)
     programs, refused = {}, {}
-    for name, (lower, turns) in lowerings.items():
+    for name, (lower, arguments, size, turns) in lowerings.items():
         _say(name)
         with jax.set_mesh(step.mesh):
             started = time.perf_counter()
-            lowered = lower()
+            lowered = lower(*arguments, size)
             seconds = time.perf_counter() - started
         try:
-            programs[name] = finish(target, name, lowered, seconds, turns, step.compiler_options)
+            options = compiler_options(platform, size)
+            programs[name] = finish(target, name, lowered, seconds, turns, options)
         except InsufficientMemoryError as error:
             refused[name] = str(error)
     return _estimate(target, workload, step, weights, programs, refused)

@@ -26,7 +26,7 @@ from jaxinfer.kernels import cases, timing, workloads
 from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
 from jaxinfer.kernels.quantized_matmul import quantized_matmul
 from jaxinfer.layers import linear, rms_norm
-from jaxinfer.step import COMPILER_OPTIONS
+from jaxinfer.step import compiler_options
 
 LAYERS = 4  # of the chain
 SQUARE = {"gpu": 8192, "cpu": 256}
@@ -100,7 +100,7 @@ def measure(
     words: str, function: Callable[..., Any], *args: Any, flops: float, ceiling: float = 0.0
 ) -> tuple[Any, float]:
     """Print a line; returns the result and the rate."""
-    options: Any = COMPILER_OPTIONS.get(jax.default_backend())
+    options: Any = compiler_options(jax.default_backend(), len(args[0]))
     call = jax.jit(function).lower(*args).compile(compiler_options=options)
     result = call(*args)
     seconds = timing.seconds_per_call(lambda _: call(*args))
