@@ -20,6 +20,7 @@ from jaxinfer.bench import (
     latency,
     prepare_dataset,
     report,
+    steps,
     throughput,
 )
 from jaxinfer.errors import ConfigError, DatasetError, JaxinferError, RequestError
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Any] = {
 DEVELOPER_COMMANDS: dict[str, Any] = {
     "host": host,
     "kernels": kernels,
+    "steps": steps,
 }
 
 EPILOG = """\

@@ -35,10 +35,17 @@ LONG = {
     "8x8x128, 4 x 32k": cases.Case(((1, 32768),) * 4, **GROUP8),
     "8x8x128, 1 x 128k": cases.Case(((1, 131072),), **GROUP8),
 }
+# As many bytes by pages of half the size.
+TWICE = {
+    "8x8x128, 128 x 1k": cases.Case(((1, 1024),) * 128, **GROUP8),
+    "8x8x128, 16 x 8k": LONG["8x8x128, 16 x 8k"],
+    "8x8x128, 8 x 32k": cases.Case(((1, 32768),) * 8, **GROUP8),
+    "8x8x128, 1 x 128k": LONG["8x8x128, 1 x 128k"],
+}
 TIMED = LONG | {
-    f"8x8x128, {rows}, {stored}": replace(LONG[f"8x8x128, {rows}"], stored=stored)
+    f"{name}, {stored}": replace(case, stored=stored)
     for stored in ("float8_e4m3fn", "int8", "uint8")
-    for rows in ("64 x 1k", "4 x 32k")
+    for name, case in TWICE.items()
 }
 TIMED |= {
     name: cases.REAL[name]
