@@ -193,3 +193,23 @@ def test_scales_and_quantising_are_fused_with_what_is_beside_them(target):
     # Two times with the layer's input, for the scales of its tokens.
     beside = 3 * width + 2 * (sums + 2 * width) + hidden.size + 6 * width
     assert report.hbm_bytes < 1.02 * LAYERS * (products + beside)
+
+
+@NEWER
+@pytest.mark.parametrize("width", [8192, 14336, 18944, 28672])
+@pytest.mark.parametrize("target", [H100, H200, B200])
+def test_hidden_numbers_stay_in_registers(width, target, kernel_ran):
+    kernel_ran("gated_quantize", "mosaic_gpu", "fp8", chip(target))
+    sums, scale_T1, scale_WF = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((64, 2, width), "bfloat16"), ((64, 1), "float32"), ((2, width), "float32")
+        )
+    )  # fmt: skip
+    from jaxinfer.kernels.gated_quantize_gpu import gated_quantize, refusal
+
+    assert refusal(sums, "fp8") is None
+    kernel = partial(gated_quantize, activation="silu")
+    report = compile_for(target, kernel, sums, scale_T1, scale_WF)
+    assert len(report.kernels) == 1
+    assert not report.warnings
