@@ -90,20 +90,6 @@ def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, ke
         assert [one for one in program.copies if one.bytes >= pool] == []
 
 
-@NEEDS_MOSAIC_GPU
-def test_spills_of_a_step_are_reported_with_its_program(model):
-    """The kernel of prompts over quantised pages spills, as test_attention.py has it."""
-    found = compile_engine(
-        "h200:1",
-        Workload(
-            model=str(model), batch=ROWS, context=1024, prefill=PREFILL, page_size=128,
-            kv_cache_dtype="int8",
-        ),
-    )  # fmt: skip
-    assert found.programs["decode"].warnings == ()
-    assert any("spilled" in line for line in found.programs["prefill"].warnings)
-
-
 @pytest.mark.parametrize("target", ["v5e:1", "h100:1"])
 def test_a_model_that_does_not_fit_is_told_so(model, target):
     found = compile_engine(target, Workload(model=str(model), batch=256, context=131072))
