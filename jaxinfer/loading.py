@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import cache, checkpoint, planner, saving, shardings
@@ -71,7 +70,7 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         engine,
         platform=device.platform,
         free_bytes=free_bytes(device),
-        weight_bytes=_bytes_per_device(declared, places, dtype),
+        weight_bytes=shardings.device_bytes(shardings.abstract(mesh, declared, dtype)),
         bytes_per_page=cache.bytes_per_page(files.config, page_size, cache_dtype, mesh, ops),
         dtype_bytes=dtype.itemsize,
     )
@@ -127,11 +126,3 @@ def _weights(
 
 def _tokenizer_folder(files: ModelFiles, engine: EngineConfig) -> Path | None:
     return files.path if engine.tokenizer is None else Path(engine.tokenizer)
-
-
-def _bytes_per_device(declared: Any, places: Any, dtype: jnp.dtype) -> int:
-    """Bytes of the weights that one device holds."""
-    shards = jax.tree.map(
-        lambda parameter, place: np.prod(place.shard_shape(parameter.shape)), declared, places
-    )
-    return int(sum(jax.tree.leaves(shards))) * dtype.itemsize
