@@ -15,6 +15,7 @@ from jaxinfer import cache, checkpoint, planner, saving, shardings
 from jaxinfer.checkpoint import ModelFiles
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.configs import find_chip
+from jaxinfer.errors import ConfigError, TokenizerError
 from jaxinfer.hardware import enable_compile_cache, free_bytes
 from jaxinfer.kernels.choice import PageOps
 from jaxinfer.models import decoder
@@ -75,9 +76,7 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         dtype_bytes=dtype.itemsize,
     )
     logger.info("memory per device:\n%s", sizes.memory.table())
-    tokenizer = None
-    if not engine.skip_tokenizer_init:
-        tokenizer = Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
+    tokenizer = _tokenizer(files, engine)
     weights = _weights(files, engine, declared, places, dtype)
     return Loaded(
         files.config.for_length(sizes.limits.max_seq_len),
@@ -90,6 +89,20 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         _tokenizer_folder(files, engine),
         weights,
     )
+
+
+def check_chat(model: str | Path, engine: EngineConfig) -> None:
+    """Find out, without its weights, whether a model can take part in conversations.
+
+    Raises `ConfigError` if it cannot, and `CheckpointError` or `TokenizerError` as `load` does.
+    """
+    tokenizer = _tokenizer(checkpoint.resolve(model, engine.load_format), engine)
+    if tokenizer is None:
+        raise ConfigError("conversations need a tokenizer: leave out skip_tokenizer_init")
+    try:
+        tokenizer.check_chat_template()
+    except TokenizerError as error:
+        raise ConfigError(str(error)) from error
 
 
 def convert(
@@ -122,6 +135,12 @@ def _weights(
     if engine.load_format == "dummy":
         return checkpoint.random_weights(declared, places, dtype, engine.seed or 0)
     return checkpoint.load(files, declared, places, dtype)
+
+
+def _tokenizer(files: ModelFiles, engine: EngineConfig) -> Tokenizer | None:
+    if engine.skip_tokenizer_init:
+        return None
+    return Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
 
 
 def _tokenizer_folder(files: ModelFiles, engine: EngineConfig) -> Path | None:

@@ -136,6 +136,10 @@ class Tokenizer:
             **{**self.special_tokens, **options},
         )
 
+    def check_chat_template(self) -> None:
+        """Raise `TokenizerError` if there is no chat template, or it is broken."""
+        self._chat_templates.check()
+
 
 class IncrementalDecoder:
     """The text of tokens that arrive one by one; what was given out is never taken back.
