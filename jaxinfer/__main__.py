@@ -22,7 +22,7 @@ from tqdm import tqdm
 import jaxinfer
 from jaxinfer import tasks
 from jaxinfer.config import EngineConfig, field_names
-from jaxinfer.errors import ConfigError, JaxinferError, RequestError, TokenizerError
+from jaxinfer.errors import ConfigError, JaxinferError, RequestError
 from jaxinfer.options import add_fields, given
 from jaxinfer.request import RequestOutput, SamplingParams
 from jaxinfer.tasks import Defaults, Lines, Task
@@ -165,7 +165,7 @@ def _generate(options: dict[str, Any], make_llm: Callable[..., Any] | None) -> i
         done: set[int | str] = set()
         write = _show
         try:
-            digests = tasks.check_tasks(_tasks(options, defaults))
+            digests, chats = tasks.check_tasks(_tasks(options, defaults))
             if options["output"]:
                 path = Path(options["output"])
                 done = tasks.resume(path, model, digests)
@@ -184,6 +184,10 @@ def _generate(options: dict[str, Any], make_llm: Callable[..., Any] | None) -> i
             write = Lines(sys.stdout.buffer, on_disk=False).write
         if make_llm is None:
             from jaxinfer.llm import LLM as make_llm  # jax, only now
+            from jaxinfer.loading import check_chat
+
+            if chats:
+                check_chat(model, EngineConfig.from_dict(engine))
         llm = stack.enter_context(make_llm(model, **engine))
         start, counts = time.monotonic(), Counts()
         left = (task for task in _tasks(options, defaults) if task.task_id not in done)
@@ -228,7 +232,7 @@ def _run(llm: Any, left: Iterator[Task]) -> Iterator[tuple[Task, RequestOutput |
                 if task.messages is not None:
                     prompt = llm.chat_prompt(task.messages)
                 running[llm.submit(prompt, task.params)] = task
-            except (RequestError, TokenizerError) as error:
+            except RequestError as error:
                 yield task, None, str(error)
 
     yield from feed()

@@ -42,33 +42,42 @@ class ChatTemplates:
         Raises `TokenizerError` if there is no template or it is broken, `RequestError` if it
         refuses the messages.
         """
-        import jinja2  # only who chats waits for it
-
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            found = f" called 'default' but {', '.join(self._templates)}" if self._templates else ""
-            raise TokenizerError(
-                f"{self._source} has no chat template{found}: give a plain prompt, or put a "
-                "template into chat_template.jinja there"
-            )
+        template = self._compile(name)
         try:
-            if name not in self._compiled:
-                self._compiled[name] = _environment().from_string(self._templates[name])
-            return self._compiled[name].render(
+            return template.render(
                 **variables,
                 messages=list(messages),
                 tools=tools,
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise TokenizerError(
-                f"the chat template of {self._source} is broken at line {error.lineno}: {error}"
-            ) from error
         except Exception as error:  # a template may raise anything
             raise RequestError(
                 f"the chat template of {self._source} refuses the messages: {error}"
             ) from error
+
+    def check(self) -> None:
+        """Raise `TokenizerError` if there is no template, or it is broken."""
+        self._compile("default")
+
+    def _compile(self, name: str) -> jinja2.Template:
+        import jinja2  # only who chats waits for it
+
+        if name not in self._templates:
+            found = f" called 'default' but {', '.join(self._templates)}" if self._templates else ""
+            raise TokenizerError(
+                f"{self._source} has no chat template{found}: give a plain prompt, or put a "
+                "template into chat_template.jinja there"
+            )
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = _environment().from_string(self._templates[name])
+            except jinja2.TemplateSyntaxError as error:
+                raise TokenizerError(
+                    f"the chat template of {self._source} is broken at line {error.lineno}: {error}"
+                ) from error
+        return self._compiled[name]
 
 
 def _environment() -> jinja2.Environment:

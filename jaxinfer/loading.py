@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import cache, checkpoint, planner, saving, shardings
 from jaxinfer.checkpoint import ModelFiles
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.configs import find_chip
+from jaxinfer.errors import ConfigError, TokenizerError
 from jaxinfer.hardware import enable_compile_cache, free_bytes
 from jaxinfer.kernels.choice import PageOps
 from jaxinfer.models import decoder
@@ -71,14 +71,12 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         engine,
         platform=device.platform,
         free_bytes=free_bytes(device),
-        weight_bytes=_bytes_per_device(declared, places, dtype),
+        weight_bytes=shardings.device_bytes(shardings.abstract(mesh, declared, dtype)),
         bytes_per_page=cache.bytes_per_page(files.config, page_size, cache_dtype, mesh, ops),
         dtype_bytes=dtype.itemsize,
     )
     logger.info("memory per device:\n%s", sizes.memory.table())
-    tokenizer = None
-    if not engine.skip_tokenizer_init:
-        tokenizer = Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
+    tokenizer = _tokenizer(files, engine)
     weights = _weights(files, engine, declared, places, dtype)
     return Loaded(
         files.config.for_length(sizes.limits.max_seq_len),
@@ -91,6 +89,20 @@ def load(model: str | Path, engine: EngineConfig) -> Loaded:
         _tokenizer_folder(files, engine),
         weights,
     )
+
+
+def check_chat(model: str | Path, engine: EngineConfig) -> None:
+    """Find out, without its weights, whether a model can take part in conversations.
+
+    Raises `ConfigError` if it cannot, and `CheckpointError` or `TokenizerError` as `load` does.
+    """
+    tokenizer = _tokenizer(checkpoint.resolve(model, engine.load_format), engine)
+    if tokenizer is None:
+        raise ConfigError("conversations need a tokenizer: leave out skip_tokenizer_init")
+    try:
+        tokenizer.check_chat_template()
+    except TokenizerError as error:
+        raise ConfigError(str(error)) from error
 
 
 def convert(
@@ -125,13 +137,11 @@ def _weights(
     return checkpoint.load(files, declared, places, dtype)
 
 
+def _tokenizer(files: ModelFiles, engine: EngineConfig) -> Tokenizer | None:
+    if engine.skip_tokenizer_init:
+        return None
+    return Tokenizer.from_folder(engine.tokenizer or files.tokenizer_folder())
+
+
 def _tokenizer_folder(files: ModelFiles, engine: EngineConfig) -> Path | None:
     return files.path if engine.tokenizer is None else Path(engine.tokenizer)
-
-
-def _bytes_per_device(declared: Any, places: Any, dtype: jnp.dtype) -> int:
-    """Bytes of the weights that one device holds."""
-    shards = jax.tree.map(
-        lambda parameter, place: np.prod(place.shard_shape(parameter.shape)), declared, places
-    )
-    return int(sum(jax.tree.leaves(shards))) * dtype.itemsize

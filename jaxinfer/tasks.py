@@ -26,8 +26,9 @@ A line of the prompts file is a JSON object:
   messages         a conversation, [{"role": ..., "content": ...}, ...]
   output_tokens    max_tokens for this line
   sampling_params  what else differs from the options, e.g. {"temperature": 0.5}
-A bad line ends the command before the model is loaded.  A request that the engine cannot serve
-(too long, say) gets a line with "error", and the others run.
+A bad line ends the command before the model is loaded, and so does a conversation (messages, or
+--chat) if the model has no chat template.  A request that the engine cannot serve (too long, say)
+gets a line with "error", and the others run.
 
 A line of the output has task_id, request (a digest of prompt and sampling parameters), model,
 prompt (if it was a text), and outputs: index, text, token_ids, finish_reason, seed and so on.  It
@@ -126,14 +127,19 @@ def _check_prompt(line: dict[str, Any]) -> None:
             raise RequestError('messages must be [{"role": ..., "content": ...}, ...]')
 
 
-def check_tasks(tasks: Iterable[Task]) -> dict[int | str, str]:
-    """Read all; returns task_id → digest.  Raises `RequestError` for a task_id that comes twice."""
+def check_tasks(tasks: Iterable[Task]) -> tuple[dict[int | str, str], bool]:
+    """Read all; returns task_id → digest, and whether there are conversations among them.
+
+    Raises `RequestError` for a task_id that comes twice.
+    """
     digests: dict[int | str, str] = {}
+    chats = False
     for task in tasks:
         if task.task_id in digests:
             raise RequestError(f"task_id {task.task_id!r} comes twice; each needs its own")
         digests[task.task_id] = task.digest
-    return digests
+        chats |= task.messages is not None
+    return digests, chats
 
 
 def resume(path: Path, model: str, digests: Mapping[int | str, str]) -> set[int | str]:

@@ -23,6 +23,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # A character has four bytes at most, so three at most are unfinished; a token has one or more.
 UNFINISHED = 3
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Vocabularies of other formats, to say what is there when tokenizer.json is not.
 OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
@@ -66,10 +67,12 @@ class Tokenizer:
     def from_folder(cls, path: str | Path) -> Self:
         """Read tokenizer.json and what stands beside it; raises `TokenizerError`."""
         folder = Path(path)
-        config = _read_json(folder / "tokenizer_config.json")
+        config_path = folder / "tokenizer_config.json"
+        config = _read_json(config_path)
+        added = _added_tokens(config_path, config.get("added_tokens_decoder"))
         raw = _read_tokenizer(folder)
         special = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
-        _add_missing(raw, special, config.get("added_tokens_decoder") or {})
+        _add_missing(raw, special, added)
         ends = _read_json(folder / "generation_config.json").get("eos_token_id")
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         return cls(raw, special, _chat_templates(folder, config), ends)
@@ -132,6 +135,10 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             **{**self.special_tokens, **options},
         )
+
+    def check_chat_template(self) -> None:
+        """Raise `TokenizerError` if there is no chat template, or it is broken."""
+        self._chat_templates.check()
 
 
 class IncrementalDecoder:
@@ -278,18 +285,42 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> ChatTemplates:
     return ChatTemplates(templates, str(folder))
 
 
+def _added_tokens(path: Path, listed: Any) -> dict[int, tokenizers.AddedToken]:
+    """The field added_tokens_decoder of tokenizer_config.json: tokens by id, in their order."""
+    field, remedy = f"{path}: added_tokens_decoder", "get the file anew"
+    if listed is None:
+        return {}
+    if not isinstance(listed, dict):
+        kind = type(listed).__name__
+        raise TokenizerError(f"{field} must be an object of ids and tokens, not {kind}: {remedy}")
+    tokens = {}
+    for number, fields in listed.items():
+        if not number.isdecimal():
+            raise TokenizerError(f"{field} has {number!r} where an id should be: {remedy}")
+        text = fields.get("content") if isinstance(fields, dict) else None
+        if not isinstance(text, str):
+            raise TokenizerError(
+                f'{field}["{number}"] must be an object whose "content" is a text: {remedy}'
+            )
+        flags = {name: fields[name] for name in TOKEN_FLAGS if name in fields}
+        try:
+            tokens[int(number)] = tokenizers.AddedToken(text, **flags)
+        except (TypeError, ValueError) as error:
+            raise TokenizerError(f'{field}["{number}"] is no token, {remedy}: {error}') from error
+    return dict(sorted(tokens.items()))
+
+
 def _add_missing(
-    raw: tokenizers.Tokenizer, special: dict[str, str], listed: dict[str, dict[str, Any]]
+    raw: tokenizers.Tokenizer, special: dict[str, str], listed: dict[int, tokenizers.AddedToken]
 ) -> None:
     """Add the tokens that only tokenizer_config.json knows, and mark its special ones as such."""
     known = {token.content for token in raw.get_added_tokens_decoder().values()}
-    for number, fields in sorted(listed.items(), key=lambda item: int(item[0])):
-        text = fields["content"]
+    for number, token in listed.items():
+        text = token.content
         if text in known:
             continue
-        kept = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        raw.add_tokens([tokenizers.AddedToken(text, **{k: fields[k] for k in kept if k in fields})])
-        if raw.token_to_id(text) != int(number):
+        raw.add_tokens([token])
+        if raw.token_to_id(text) != number:
             raise TokenizerError(
                 f"tokenizer_config.json gives {text!r} the id {number}, but tokenizer.json makes "
                 f"it {raw.token_to_id(text)}: get both files anew, from one source"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,14 @@ class Work:
         """weights: the model's, or their shapes, with their shardings."""
         import jax
 
-        from jaxinfer import cache
+        from jaxinfer import cache, shardings
 
         config = step.config
         head = weights.get("head_VD", weights["embed_VD"])
         self._layers = sum(leaf.size for leaf in jax.tree.leaves(weights["layers"]))
         self._head = config.vocab_size * config.hidden_size
-        self._layer_bytes, self._head_bytes = device_bytes(weights["layers"]), device_bytes(head)
+        self._layer_bytes = shardings.device_bytes(weights["layers"])
+        self._head_bytes = shardings.device_bytes(head)
         self._devices = step.mesh.size
         stored = step.abstract_state.cache.pools[0].k_PKSH.dtype
         slot_bytes = cache.bytes_per_slot(config, stored) / self._devices
@@ -60,13 +60,3 @@ class Work:
             self.bytes += layers * slots * self._bytes_per_slot_and_layer
             flops += layers * int(seen_T.sum()) * self._flops_per_pair_and_layer
         self.flops += flops / self._devices
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree's arrays, abstract or not, without padding."""
-    import jax
-
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -7,6 +7,7 @@ many, is decided here and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,22 @@ def named(mesh: Mesh, letters: str) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract(mesh: Mesh, parameters: Any, dtype: Any) -> Any:
+    """The arrays, without memory, of a tree of parameters (what has letters and a shape)."""
+    return jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(one.shape, dtype, sharding=named(mesh, one.letters)),
+        parameters,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree's arrays, abstract or not, without padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def check_divisible(sizes: Mapping[str, int], tensor_parallel_size: int) -> None:

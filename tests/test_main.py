@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import __main__ as cli
-from jaxinfer import tasks
+from jaxinfer import checkpoint, tasks
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import CheckpointError, RequestError
 from jaxinfer.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
@@ -250,6 +250,30 @@ def test_chat_makes_prompts_messages(command: Command) -> None:
     assert command("--chat", "--prompt", "abc", "--json") == 0
     record = json.loads(command.out)
     assert (record["prompt"], record["outputs"][0]["text"]) == ("abc", "<1>")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "has no chat template: give a plain prompt"),
+        (["--skip-tokenizer-init"], "conversations need a tokenizer"),
+    ],
+)
+def test_conversations_without_a_template_are_one_error_before_the_weights_are_read(
+    options: list[str],
+    message: str,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("the weights were read"))
+    prompts = [{"prompt": "one"}, {"messages": [{"role": "user", "content": "two"}]}]
+    for lines, chat in ((prompts, []), (prompts[:1] * 3, ["--chat"])):
+        command.write_prompts(*lines)
+        files = ["--prompts-file", str(command.prompts), "--output", str(command.output)]
+        assert cli.main(["generate", "--model", "demo", *files, *chat, *options]) == 2
+        assert capsys.readouterr().err.count(message) == 1
+        assert command.output.read_bytes() == b""
 
 
 @pytest.mark.parametrize(

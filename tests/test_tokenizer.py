@@ -324,6 +324,32 @@ def test_tokens_that_only_the_config_knows(tmp_path: Path) -> None:
         change_config(folder, added_tokens_decoder=more)
 
 
+GOOD = {"content": "<|tool|>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([GOOD], "must be an object of ids and tokens, not list"),
+        ("<|tool|>", "must be an object of ids and tokens, not str"),
+        ({"4o2": GOOD}, "has '4o2' where an id should be"),
+        ({"-1": GOOD}, "has '-1' where an id should be"),
+        ({"402": "<|tool|>"}, r'\["402"\] must be an object whose "content" is a text'),
+        ({"402": None}, r'\["402"\] must be an object whose "content" is a text'),
+        ({"402": {"special": True}}, r'\["402"\] must be an object whose "content" is a text'),
+        ({"402": {"content": 5}}, r'\["402"\] must be an object whose "content" is a text'),
+        ({"402": GOOD, "403": {**GOOD, "special": "yes"}}, r'\["403"\] is no token'),
+        ({"402": {"content": "\ud83d"}}, r'\["402"\] is no token'),
+    ],
+)
+def test_corrupt_added_tokens_are_named(listed: Any, message: str, tmp_path: Path) -> None:
+    folder = copied("tokenizer-jinja", tmp_path)
+    where = r"tokenizer_config.json: added_tokens_decoder ?"
+    with pytest.raises(TokenizerError, match=where + message) as caught:
+        change_config(folder, added_tokens_decoder=listed)
+    assert "get the file anew" in str(caught.value)
+
+
 def test_special_tokens_named_only_in_the_config_are_skipped(tmp_path: Path) -> None:
     word = TOKENIZERS["tokenizer-jinja"].token_text(344)
     tokenizer = change_config(copied("tokenizer-jinja", tmp_path), eos_token=word)

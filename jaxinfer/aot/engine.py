@@ -18,7 +18,7 @@ from jaxinfer.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError, InsufficientMemoryError
 from jaxinfer.planner import page_size
-from jaxinfer.work import Work, device_bytes
+from jaxinfer.work import Work
 
 if TYPE_CHECKING:
     from jaxinfer.step import Step
@@ -247,13 +247,7 @@ def abstract_engine(
         workload.batch + 1,
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole),
     ).table()
-    weights = jax.tree.map(
-        lambda one: jax.ShapeDtypeStruct(
-            one.shape, dtype, sharding=shardings.named(mesh, one.letters)
-        ),
-        decoder.parameters(config),
-    )
-    return step, weights, table
+    return step, shardings.abstract(mesh, decoder.parameters(config), dtype), table
 
 
 def _estimate(
@@ -264,14 +258,14 @@ def _estimate(
     programs: dict[str, Report],
     refused: dict[str, str],
 ) -> Estimate:
-    from jaxinfer import cache
+    from jaxinfer import cache, shardings
 
     sizes = {name: size for one in programs.values() for name, size in one.arguments}
     weight_bytes = sum(size for name, size in sizes.items() if name.startswith("weights"))
     cache_bytes = sum(size for name, size in sizes.items() if name.startswith("state.cache"))
     if refused:  # then the compiler did not say, and the weights are without padding
         pages, stored = step.abstract_state.cache.pools[0].shape[0], step.abstract_state.cache
-        weight_bytes = device_bytes(weights)
+        weight_bytes = shardings.device_bytes(weights)
         cache_bytes = pages * cache.bytes_per_page(
             step.config, step.limits.page_size, stored.pools[0].k_PKSH.dtype, step.mesh, step.ops
         )

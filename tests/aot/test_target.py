@@ -14,9 +14,11 @@ from jaxinfer.aot.compile import _refusal, warnings_in
 from jaxinfer.aot.engine import (
     Bound,
     Estimate,
+    _about,
     _bound,
     _decode_step,
     _prefill_step,
+    _say,
     abstract_engine,
 )
 from jaxinfer.errors import CompileError, ConfigError, InsufficientMemoryError, ToolchainError
@@ -234,6 +236,9 @@ def test_the_command_refuses_what_it_cannot_do(capsys):
     assert main(["--model", "demo", "--target", "h200:1", "--batch", "0"]) == 2
 
 
+SPILLED = "ptxas warning : Registers are spilled to local memory in function 'kernel'"
+
+
 def test_what_the_assembler_always_says_is_no_warning():
     said = """
 ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
@@ -241,6 +246,21 @@ ptxas info    : Function properties for kernel
     264 bytes stack frame, 460 bytes spill stores, 372 bytes spill loads
 ptxas info    : Used 255 registers, used 2 barriers, 264 bytes cumulative stack size, 1 bytes smem
 """
-    spilled = "ptxas warning : Registers are spilled to local memory in function 'kernel'"
     assert warnings_in(said) == ()
-    assert warnings_in(f"{said}\n{spilled}, 460 bytes spill stores\n")[0].startswith(spilled)
+    assert warnings_in(f"{said}\n{SPILLED}, 460 bytes spill stores\n")[0].startswith(SPILLED)
+
+
+def compile_two_programs():
+    """Writes past Python's streams, as compilers do: of one program on the first, of the other on
+    the second."""
+    for number, name in enumerate(("decode", "prefill"), 1):
+        _say(name)
+        os.write(number, f"{SPILLED} of {name}\n".encode())
+    _say("head")
+
+
+def test_warnings_stand_with_their_program():
+    _, said = isolate.run(compile_two_programs, timeout=120)
+    for name in ("decode", "prefill"):
+        assert warnings_in(_about(name, said)) == (f"{SPILLED} of {name}",)
+    assert warnings_in(_about("head", said)) == ()

@@ -2,23 +2,17 @@
 
 from functools import partial
 
-import jax
 import pytest
 
 from jaxinfer.aot import compile_for
 from jaxinfer.configs import load_chip
 from jaxinfer.kernels import cases
 from jaxinfer.kernels import paged_attention_gpu as attention
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.write_pages import LARGEST
+from tests.marks import NEEDS_MOSAIC_GPU
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(
-        jax.__version_info__ < GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
-    ),
-]
+pytestmark = [pytest.mark.compile, NEEDS_MOSAIC_GPU]
 GPUS = ("h100", "h200", "b200")
 # Both kernels, and of heads as wide, as narrow and as many as models have.
 CASES = (

@@ -9,7 +9,7 @@ import pytest
 from jaxinfer import cache, shardings
 from jaxinfer.aot import isolate, target
 from jaxinfer.configs import load_model_preset
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
+from tests.marks import NEEDS_MOSAIC_GPU
 
 pytestmark = pytest.mark.compile
 
@@ -52,18 +52,7 @@ def layouts(where: target.Target) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     "chip",
-    [
-        "v5e:2",
-        "v6e:2",
-        "v5p:2",
-        "tpu7x:2",
-        pytest.param(
-            "h200:2",
-            marks=pytest.mark.skipif(
-                jax.__version_info__ < GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU"
-            ),
-        ),
-    ],
+    ["v5e:2", "v6e:2", "v5p:2", "tpu7x:2", pytest.param("h200:2", marks=NEEDS_MOSAIC_GPU)],
 )
 def test_what_is_counted_is_what_the_compiler_takes(chip):
     found, _ = isolate.run(layouts, target.parse(chip), timeout=600)

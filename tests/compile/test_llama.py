@@ -4,12 +4,11 @@ Llama 3.1 8B in bfloat16; 64 requests of 1,024 tokens each, in a cache of just t
 step of them all, and one of 2,048 tokens for prompts, alone or beside rows that decode.
 """
 
-import jax
 import pytest
 
 from jaxinfer.aot import Workload, compile_engine
 from jaxinfer.configs import load_model_preset
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
+from tests.marks import NEEDS_MOSAIC_GPU
 
 pytestmark = pytest.mark.compile
 
@@ -37,14 +36,10 @@ ACTIVATIONS = L * (
     + 2 * 2 * D + 2 * 2 * D  # two products, and their sums with what was before
 )  # fmt: skip
 
-NEW_JAX = pytest.mark.skipif(
-    jax.__version_info__ < GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
-)
-
 
 @pytest.mark.parametrize(
     ("target", "page_size"),
-    [("v6e:1", 128), ("tpu7x:1", 128), pytest.param("h200:1", 64, marks=NEW_JAX)],
+    [("v6e:1", 128), ("tpu7x:1", 128), pytest.param("h200:1", 64, marks=NEEDS_MOSAIC_GPU)],
 )
 def test_steps_move_little_more_than_they_must(target, page_size):
     found = compile_engine(

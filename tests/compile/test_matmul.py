@@ -17,12 +17,14 @@ from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.quantized import FORMATS, Quantized, bytes_of, values_layout
 from jaxinfer.kernels.quantized_matmul import as_one_group, quantized_matmul
 from tests.kernels.products_on_gpu import LAYERS, feed_forward
+from tests.marks import NEEDS_MOSAIC_GPU
 
 pytestmark = pytest.mark.compile
 
 VMEM = {"v5e:1": 100 * 2**20, "v6e:1": 100 * 2**20, "v5p:1": 90 * 2**20, "tpu7x:1": 60 * 2**20}
-NEWER = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="GPU kernels need JAX 0.11")
-H100, H200, B200 = (pytest.param(name, marks=NEWER) for name in ("h100:1", "h200:1", "b200:1"))
+H100, H200, B200 = (
+    pytest.param(name, marks=NEEDS_MOSAIC_GPU) for name in ("h100:1", "h200:1", "b200:1")
+)
 GPUS = {f"{name}:1": Gpu.of(load_chip(name)) for name in ("h100", "h200", "b200")}
 
 
@@ -135,7 +137,7 @@ def test_large_tiles_stay_in_registers(name, target):
     assert not report.warnings
 
 
-@NEWER
+@NEEDS_MOSAIC_GPU
 def test_spilled_registers_are_seen():
     """Sums that take all registers of a thread."""
     given = arguments(cases.Product((128,), 512, 512, "w4a16"), "h200:1")

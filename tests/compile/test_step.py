@@ -3,18 +3,14 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from jaxinfer.aot import Workload, compile_engine
 from jaxinfer.aot.target import parse
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
+from tests.marks import NEEDS_MOSAIC_GPU
 
 pytestmark = pytest.mark.compile
 
-NEW_JAX = pytest.mark.skipif(
-    jax.__version_info__ < GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
-)
 LAYERS, ROWS, CONTEXT, PAGE, PREFILL = 2, 16, 256, 32, 128
 # Two layers and few words, but heads and widths of tiles that the chips like.
 CONFIG = {
@@ -74,8 +70,8 @@ TPU_KERNELS, GPU_KERNELS = (2, 3), (2, 3)
         ("v6e:1", 128, TPU_KERNELS),
         ("v6e:1", 64, TPU_KERNELS),  # XLA would lay these pages out otherwise, and copy them
         ("tpu7x:1", 128, TPU_KERNELS),
-        pytest.param("h200:1", 128, GPU_KERNELS, marks=NEW_JAX),
-        pytest.param("b200:1", 128, GPU_KERNELS, marks=NEW_JAX),
+        pytest.param("h200:1", 128, GPU_KERNELS, marks=NEEDS_MOSAIC_GPU),
+        pytest.param("b200:1", 128, GPU_KERNELS, marks=NEEDS_MOSAIC_GPU),
     ],
 )
 def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, kernels, kernel_ran):
@@ -92,20 +88,6 @@ def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, ke
         assert sum(program.kernels.values()) == count * LAYERS
         assert len(program.aliased) == program.donated == 2 * LAYERS + 1
         assert [one for one in program.copies if one.bytes >= pool] == []
-
-
-@NEW_JAX
-def test_spills_of_a_step_are_reported_with_its_program(model):
-    """The kernel of prompts over quantised pages spills, as test_attention.py has it."""
-    found = compile_engine(
-        "h200:1",
-        Workload(
-            model=str(model), batch=ROWS, context=1024, prefill=PREFILL, page_size=128,
-            kv_cache_dtype="int8",
-        ),
-    )  # fmt: skip
-    assert found.programs["decode"].warnings == ()
-    assert any("spilled" in line for line in found.programs["prefill"].warnings)
 
 
 @pytest.mark.parametrize("target", ["v5e:1", "h100:1"])

@@ -10,6 +10,7 @@ from jaxinfer.errors import ConfigError, ShapeError
 from jaxinfer.kernels import candidates, cases, choice, workloads
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.tuning import backend_of
+from tests.marks import NEEDS_MOSAIC_GPU
 
 CHIPS = [
     name for name in chips()
@@ -91,12 +92,7 @@ def test_a_mixed_batch_has_a_sweep_for_each_kind_of_rows():
     assert len({blocks.pages for blocks in found[0].choices}) > 1
 
 
-NEW_JAX = pytest.mark.skipif(
-    jax.__version_info__ < choice.GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
-)
-
-
-@NEW_JAX
+@NEEDS_MOSAIC_GPU
 @pytest.mark.parametrize("case", ["llama-3.1-8b, decode 64 x 1k", "gpt-oss-20b, decode 64 x 1k"])
 def test_decode_attention_on_hopper_varies_all_that_may_vary(case):
     found = candidates.sweeps("paged_attention", case, cases.REAL[case], load_chip("h100"))
@@ -104,7 +100,7 @@ def test_decode_attention_on_hopper_varies_all_that_may_vary(case):
         assert len({getattr(tiling, name) for tiling in found[0].choices}) > 1, name
 
 
-@NEW_JAX
+@NEEDS_MOSAIC_GPU
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -128,7 +124,7 @@ def test_tilings_that_attention_on_gpu_cannot_take(changes, words):
         check_tiling(replace(tiling, **changes), gpu, problem, split=True)
 
 
-@NEW_JAX
+@NEEDS_MOSAIC_GPU
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

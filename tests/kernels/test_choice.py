@@ -11,10 +11,7 @@ from jaxinfer.configs import chips, load_chip
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import choice, paged_attention
 from jaxinfer.kernels.write_pages import LARGEST, Pool
-
-OLD_JAX = pytest.mark.skipif(
-    jax.__version_info__ < choice.GPU_NEEDS_JAX, reason="this jax has no Mosaic GPU to speak of"
-)
+from tests.marks import NEEDS_MOSAIC_GPU
 
 
 def shapes(stored="bfloat16", q="bfloat16", H=128, S=64):
@@ -25,7 +22,7 @@ def shapes(stored="bfloat16", q="bfloat16", H=128, S=64):
     return q_TKGH, Pool(pages, pages, scales, scales)
 
 
-@OLD_JAX
+@NEEDS_MOSAIC_GPU
 @pytest.mark.parametrize("stored", ["bfloat16", *LARGEST])
 def test_each_chip_gets_its_own_kernels_or_the_reference(stored):
     found = {
@@ -53,8 +50,10 @@ def test_without_a_sheet_there_is_the_reference():
         ("h200", "mosaic_tpu", {}, "no TPU that has a sheet"),
         ("tpu-v6e", "mosaic_gpu", {}, "no NVIDIA GPU .*; what can: reference, mosaic_tpu$"),
         ("tpu-v6e", "mosaic_tpu", {"S": 8}, "page_size must be a multiple of 16, not 8"),
-        pytest.param("a100", "mosaic_gpu", {}, "neither wgmma nor tcgen05", marks=OLD_JAX),
-        pytest.param("h100", "mosaic_gpu", {"q": "float32"}, "queries are float32", marks=OLD_JAX),
+        pytest.param("a100", "mosaic_gpu", {}, "neither wgmma nor tcgen05", marks=NEEDS_MOSAIC_GPU),
+        pytest.param(
+            "h100", "mosaic_gpu", {"q": "float32"}, "queries are float32", marks=NEEDS_MOSAIC_GPU
+        ),
     ],
 )
 def test_who_asks_for_what_cannot_serve_is_told_why_and_what_can(chip, asked, options, words):
@@ -66,7 +65,7 @@ def test_who_asks_for_what_cannot_serve_is_told_why_and_what_can(chip, asked, op
     assert choice.choose("reference", sheet, *shapes(**options)).backend == "reference"
 
 
-@OLD_JAX
+@NEEDS_MOSAIC_GPU
 def test_auto_says_why_a_chip_does_not_get_its_kernels():
     ops = choice.choose("auto", load_chip("h200"), *shapes(q="float32"))
     assert (ops.backend, ops.why) == ("reference", "queries are float32, not bfloat16")
