@@ -21,8 +21,8 @@ from jaxinfer.shapes import Leaf
 # Up to how many tokens of a step, and rows of its head, there are powers of two only: while reading
 # the weights takes longer than computing with them (FLOP/s over twice the weights that arrive in a
 # second), padding should cost little.  On a GPU it does cost: from 64 tokens to 256 a step of
-# Llama-3.1-8B on an H100 grows by a third.  On the CPU sizes are also the widths of the tiles in
-# which products are computed: 24 tokens take longer than 32.
+# Llama-3.1-8B on an H100 grows by a third, attention aside.  On the CPU sizes are also the widths
+# of the tiles in which products are computed: 24 tokens take longer than 32.
 FINEST = {"cpu": (16, 32), "gpu": (64, 256)}
 # On a GPU one token takes longer than two: a norm of it is two kernels, and of two tokens one.
 # (Where one row is all there may be, two tokens are taken for a prompt's, so that 1 it is.)

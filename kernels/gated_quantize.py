@@ -19,10 +19,10 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
 def gated_quantize(
-    sums_TWF: Array, scale_T1: Array, scale_WF: Array, *, activation: str, format: str
+    sums_TWF: Array, scale_T1: Array, scale_WF: Array, *, activation: str, name: str
 ) -> tuple[Array, Array]:
-    """`activation(gate) * up` of each token, quantised: values `[T, F]` in the format's dtype, and
-    float32 scales `[T, 1]`.
+    """`activation(gate) * up` of each token, quantised as `name` has activations: values `[T, F]`,
+    and float32 scales `[T, 1]`.
 
     sums_TWF: gate and up (W), before the scales of the tokens `[T, 1]` and of the weight's columns
     `[W, F]` are multiplied in.  activation: of `ACTIVATIONS`.  The hidden numbers are rounded to
@@ -31,4 +31,4 @@ def gated_quantize(
     dims(sums_TWF=sums_TWF, scale_WF=scale_WF)
     scaled_TWF = sums_TWF.astype(jnp.float32) * scale_T1[:, :, None] * scale_WF[None]
     hidden_TF = ACTIVATIONS[activation](scaled_TWF[:, 0]) * scaled_TWF[:, 1]
-    return quantize_activations(hidden_TF.astype(sums_TWF.dtype), format)
+    return quantize_activations(hidden_TF.astype(sums_TWF.dtype), name)

@@ -16,15 +16,15 @@ from jaxinfer.kernels.quantized import LARGEST, SMALLEST
 from jaxinfer.shapes import dims
 
 THREADS = 128
-# Hidden numbers of a token that its threads can hold, two in a register, beside what they compute.
-WIDEST = 128 * THREADS
+# Hidden numbers of a token that its threads can hold, two in a register: half of the registers.
+WIDEST = 256 * THREADS
 
 
-def refusal(sums_TWF: Any, format: str) -> str | None:
+def refusal(sums_TWF: Any, name: str) -> str | None:
     """Why the kernel is not for these arrays; None if it is."""
     width = sums_TWF.shape[-1]
-    if format != "fp8":
-        return f"it rounds to fp8, not to {format}"
+    if name != "fp8":
+        return f"it rounds to fp8, not to {name}"
     if sums_TWF.dtype != jnp.bfloat16:
         return f"it takes sums in bfloat16, not {sums_TWF.dtype}"
     if width % THREADS or width > WIDEST:
@@ -38,7 +38,7 @@ def gated_quantize(
     scale_WF: Array,
     *,
     activation: str,
-    format: str = "fp8",
+    name: str = "fp8",
 ) -> tuple[Array, Array]:
     """As `gated_quantize.gated_quantize`, for arguments that `refusal` passes."""
     T, F = (dims(sums_TWF=sums_TWF, scale_WF=scale_WF)[letter] for letter in "TF")

@@ -165,6 +165,7 @@ class Computer(Worker):
         for at in range(0, p.width, step):
             stored = load(ref.at[:, pl.ds(at, step)], row_layout(step))
             for half, part in enumerate(self._converted(stored)):
+                part = plgpu.layout_cast(part, row_layout(step))  # as `_clear` relies on
                 wide[:, pl.ds(half * p.width + at, step)] = part
         return wide
 

@@ -279,7 +279,7 @@ class DeviceTimer:
             job.op, case, backend_of(self.chip), self.chip, {job.argument: blocks}
         )
         result = jax.block_until_ready(call(*self.arrays[0]))
-        far = workloads.difference(job.op, result, self.expected)
+        far = workloads.difference(result, self.expected)
         if far > workloads.AGREES:
             raise ValueError(f"differs from the reference by {far:.2g} of its largest number")
         return timing.seconds_per_call(

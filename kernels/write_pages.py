@@ -77,8 +77,8 @@ def unpack(stored: Array, dtype: Any) -> Array:
 def write_pages(pool: Pool, k_TKH: Array, v_TKH: Array, rows: Rows) -> Pool:
     """Store each token's key and value at its position; padding goes nowhere.
 
-    No two tokens of the step may have the same position of the same sequence.  The pool is updated
-    in place when its buffers are donated.
+    No two tokens of the step may go to the same slot of the same page, but of page 0, which holds
+    nothing that is read.  The pool is updated in place when its buffers are donated.
     """
     sizes = dims(pool_PKSH=pool, k_TKH=k_TKH, v_TKH=v_TKH)
     token_T = jnp.arange(sizes["T"])

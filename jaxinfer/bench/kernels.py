@@ -158,7 +158,7 @@ def measure(
         if backend == "reference":
             reference = result
         elif reference is not None:
-            found = workloads.difference(op, result, reference)
+            found = workloads.difference(result, reference)
             row["difference"] = found if math.isfinite(found) else None
             if found > workloads.AGREES:
                 row["error"] = f"differs from the reference by {found:.2g} of its largest number"

@@ -6,6 +6,8 @@ import argparse
 import re
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +34,9 @@ Times whole steps of an engine, between the end of one and the end of the next, 
            former takes longer is the host's time that does not hide behind the device
   prefill  a prompt of so many tokens, alone, to its first token
 
-Decoding is greedy, prompts are random tokens.  All programs are compiled and run once before."""
+Rows decode while the later ones' prompts are computed, so that contexts are a little longer than
+asked for: their mean is reported.  Decoding is greedy, prompts are random tokens.  All programs are
+compiled and run once before."""
 ROUNDS = 3
 
 
@@ -54,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the report; raises a `JaxinferError`."""
     shapes = [_shape(text) for text in args.decode]
+    if not shapes and not args.prefill:
+        raise ConfigError("there is nothing to time: name shapes for --decode or --prefill")
     if args.steps < 1 or min(args.prefill, default=1) < 1:
         raise ConfigError("--steps and --prefill must be at least 1")
     engine = {**given(vars(args), EngineConfig), "seed": args.seed}
@@ -100,8 +106,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _outputs(llm: LLM, rows: int, context: int, steps: int) -> int:
-    """Tokens that a row must be able to decode: while the later rows' prompts are computed, too."""
-    prompts = -(-rows * context // llm.limits.max_num_tokens)
+    """Tokens that the first row decodes until the last step was timed."""
+    budget, left, prompts = llm.limits.max_num_tokens, rows * context, 0
+    while left > 0:  # rows whose prompts are done take their token of the budget first
+        left -= max(budget - (rows - -(-left // context)), 1)
+        prompts += 1
     return prompts + ROUNDS * (steps + 1) + 2
 
 
@@ -109,12 +118,15 @@ def _check_fits(llm: LLM, rows: int, length: int) -> None:
     """Raise `ConfigError` unless rows of so many tokens can run together."""
     limits, pages = llm.limits, llm.scheduler.pages.capacity
     needed = rows * -(-length // limits.page_size)
-    if rows > limits.max_batch_size or length > limits.max_seq_len or needed > pages:
-        raise ConfigError(
-            f"{rows} rows of {length} tokens need max_batch_size {rows}, max_seq_len {length} and "
-            f"{needed} pages of {limits.page_size}; there are {limits.max_batch_size}, "
-            f"{limits.max_seq_len} and {pages}"
-        )
+    for name, need, there in (
+        ("max_batch_size", rows, limits.max_batch_size),
+        ("max_seq_len", length, limits.max_seq_len),
+        (f"pages of {limits.page_size} tokens", needed, pages),
+    ):
+        if need > there:
+            raise ConfigError(
+                f"{rows} rows of up to {length} tokens need {name}: {need}, and there are {there}"
+            )
 
 
 class _Measure:
@@ -123,34 +135,38 @@ class _Measure:
     def __init__(self, llm: LLM, steps: int, limits: Peaks, rng: np.random.Generator):
         self.llm, self.steps, self.limits, self.rng = llm, steps, limits, rng
 
-    def _submit(self, tokens: int, outputs: int) -> None:
+    def _submit(self, tokens: int, outputs: int) -> str:
         ids = self.rng.integers(self.llm.model_config.vocab_size, size=tokens).tolist()
         params = SamplingParams(
             temperature=0, max_tokens=outputs, ignore_eos=True, detokenize=False
         )
-        self.llm.submit(ids, params)
+        return self.llm.submit(ids, params)
 
     def decode(self, rows: int, context: int) -> dict[str, Any]:
         """Steps in which `rows` rows decode, in turn with the same step without the host."""
-        llm, plans = self.llm, _Plans(self.llm)
-        for _ in range(rows):
-            self._submit(context, _outputs(llm, rows, context, self.steps))
-        while not plans.all or plans.all[-1].num_single < rows:
-            llm.turn()
-        turns, alone, measured = [], [], []
-        for _ in range(ROUNDS):
-            llm.turn()
-            turns.append(self._timed(llm.turn))
-            measured += plans.all[-self.steps :]
-            alone.append(self._alone(plans.batch))
-        plans.stop()
-        for request_id in list(llm._live):
-            llm.cancel(request_id)
-        while llm.has_work:
-            llm.turn()
+        llm, turns, alone, measured = self.llm, [], [], []
+        with _watched(llm) as watch:
+            outputs = _outputs(llm, rows, context, self.steps)
+            ids = [self._submit(context, outputs) for _ in range(rows)]
+            while llm.has_work and not (watch.plans and _all_decode(watch.plans[-1], rows)):
+                llm.turn()
+            for _ in range(ROUNDS):
+                llm.turn()
+                turns.append(self._timed(llm.turn))
+                measured += watch.plans[-self.steps :]
+                alone.append(self._alone(watch.batch))
+            for request_id in ids:
+                llm.cancel(request_id)
+            while llm.has_work:
+                llm.turn()
+        if not all(_all_decode(plan, rows) for plan in measured):
+            raise ConfigError(
+                f"not all of {rows} rows decoded in each step: some were preempted; more pages, or "
+                "scheduling_policy=guaranteed_no_evict, keep them"
+            )
         seconds, device = statistics.median(turns), statistics.median(alone)
         return {
-            "rows": rows, "context": context,
+            "rows": rows, "context": float(np.mean([plan.starts_B + 1 for plan in measured])),
             "ms": 1e3 * seconds, "ms_without_host": 1e3 * device,
             "exposed_host_us": 1e6 * (seconds - device), "tok_s": rows / seconds,
             **self._utilisation(measured, self.steps * sum(turns)),
@@ -158,18 +174,18 @@ class _Measure:
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """A prompt alone, until its first token is there."""
-        times, plans = [], _Plans(self.llm)
-        for _ in range(ROUNDS):
-            self._submit(tokens, 1)
-            started = time.perf_counter()
-            while self.llm.has_work:
-                self.llm.turn()
-            times.append(time.perf_counter() - started)
-        plans.stop()
+        times, llm = [], self.llm
+        with _watched(llm) as watch:
+            for _ in range(ROUNDS):
+                self._submit(tokens, 1)
+                started = time.perf_counter()
+                while llm.has_work:
+                    llm.turn()
+                times.append(time.perf_counter() - started)
         seconds = statistics.median(times)
         return {
             "tokens": tokens, "ms": 1e3 * seconds, "tok_s": tokens / seconds,
-            **self._utilisation(plans.all, sum(times)),
+            **self._utilisation(watch.plans, sum(times)),
         }  # fmt: skip
 
     def _timed(self, call: Any) -> float:
@@ -179,18 +195,20 @@ class _Measure:
             call()
         return (time.perf_counter() - started) / self.steps
 
-    def _alone(self, batch: Batch) -> float:
-        """Seconds that a step takes if nothing but its programs is run.
+    def _alone(self, batch: Any) -> float:
+        """Seconds that a step takes if nothing but its programs is run, two in flight at most.
 
         To run a greedy step again changes nothing: it writes what it wrote.
         """
         import jax
 
-        llm = self.llm
+        llm, before = self.llm, None
         jax.block_until_ready(llm._state)
         started = time.perf_counter()
         for _ in range(self.steps):
-            llm._state, _ = llm.step(llm._weights, llm._state, batch)
+            llm._state, sampled = llm.step(llm._weights, llm._state, batch)
+            jax.block_until_ready(before)
+            before = sampled
         jax.block_until_ready(llm._state)
         return (time.perf_counter() - started) / self.steps
 
@@ -205,26 +223,34 @@ class _Measure:
         return {"mbu": found["mbu"], "mfu": found["mfu"]}
 
 
-class _Plans:
-    """Watches an engine: the plans whose results came in, and the inputs of the latest step."""
+def _all_decode(plan: Plan, rows: int) -> bool:
+    """Whether a step had so many rows, each of one token, and a token of each was wanted."""
+    return plan.num_single == len(plan.lens_B) == len(plan.selected_B) == rows
 
-    batch: Batch
 
-    def __init__(self, llm: LLM):
-        self._llm, self._step = llm, llm.step
-        self.all: list[Plan] = []
-        llm.observer = self.all.append
-        llm.step = self  # type: ignore[assignment]
+class _Watch:
+    """Stands for an engine's step: notes the plans whose results came in, and the latest inputs."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._step, name)
+    def __init__(self, step: Any):
+        self.step, self.batch = step, None
+        self.plans: list[Plan] = []
 
     def __call__(self, weights: Any, state: Any, batch: Batch) -> Any:
         self.batch = batch
-        return self._step(weights, state, batch)
+        return self.step(weights, state, batch)
 
-    def stop(self) -> None:
-        self._llm.step, self._llm.observer = self._step, None
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+
+@contextmanager
+def _watched(llm: Any) -> Iterator[_Watch]:
+    watch = llm.step = _Watch(llm.step)
+    llm.observer = watch.plans.append
+    try:
+        yield watch
+    finally:
+        llm.step, llm.observer = watch.step, None
 
 
 def table(found: dict[str, Any]) -> str:

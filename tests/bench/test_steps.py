@@ -25,7 +25,11 @@ def test_a_line_for_each_shape(tiny_model, capsys):
     assert main(["steps", "--model", str(tiny_model), *WORDS, *words]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
-    assert [(row["rows"], row["context"]) for row in found["decode"]] == [(1, 9), (4, 20)]
+    assert [row["rows"] for row in found["decode"]] == [1, 4]
+    # The first rows decode for some 30 steps: those of the prompts, and of the measurement.
+    assert all(
+        at < row["context"] < at + 30 for at, row in zip((9, 20), found["decode"], strict=True)
+    )
     assert found["recompilations"] == 0
     for row in found["decode"]:
         assert row["tok_s"] == pytest.approx(1000 * row["rows"] / row["ms"])
@@ -33,21 +37,33 @@ def test_a_line_for_each_shape(tiny_model, capsys):
         assert row["exposed_host_us"] == pytest.approx(gap)
         assert row["mbu"] > 0
         assert row["mfu"] > 0
-    assert found["decode"][1]["context"] == 20
     (prompt,) = found["prefill"]
     assert prompt["tok_s"] == pytest.approx(30 / prompt["ms"] * 1000)
-    assert [line.split()[:2] for line in out.splitlines() if line.split()[:1] == ["4"]] == [
-        ["4", "20"]
-    ]
+    (line,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["4"])
+    assert len(line) == len(found["decode"][1])
+
+
+@pytest.mark.parametrize(("budget", "shape"), [(16, "16x40"), (7, "4x40"), (17, "16x9")])
+def test_all_rows_decode_however_long_their_prompts_take(tiny_model, budget, shape, capsys):
+    """Rows that decode already take their tokens from the budget of the others' prompts."""
+    rows = shape.partition("x")[0]
+    engine = ENGINE | {"max_batch_size": rows, "max_num_tokens": budget, "max_seq_len": 256}
+    engine |= {"num_pages": 600}
+    words = [word for name, value in engine.items() for word in (f"--{name}", str(value))]
+    words += ["--decode", shape, "--prefill", "--steps", "3"]
+    assert main(["steps", "--model", str(tiny_model), *words]) == 0, capsys.readouterr().err
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["decode"]
+    assert row["rows"] == int(rows)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--decode", "8by128"], "'8by128' is no ROWSxCONTEXT"),
-        (["--decode", "5x9"], "5 rows"),
+        (["--decode", "5x9"], "max_batch_size: 5"),
         (["--decode", "1x60"], "max_seq_len"),
-        (["--decode", "--prefill", "64"], "max_seq_len 65"),
+        (["--decode", "--prefill", "64"], "max_seq_len: 65"),
+        (["--decode", "--prefill"], "nothing to time"),
         (["--prefill", "0"], "at least 1"),
         (["--steps", "0"], "at least 1"),
     ],
@@ -64,12 +80,11 @@ def test_a_step_run_again_changes_nothing(tiny_model):
     with LLM(tiny_model, **ENGINE, **options) as llm:
         want = llm.generate(prompt, params)
         measure = steps._Measure(llm, 3, LIMITS, np.random.default_rng(0))
-        step, plans = llm.step, steps._Plans(llm)
-        llm.submit(prompt, params)
-        done = []
-        while not done:
-            done = llm.turn()
-            measure._alone(plans.batch)
-        plans.stop()
+        step, done = llm.step, []
+        with steps._watched(llm) as watch:
+            llm.submit(prompt, params)
+            while not done:
+                done = llm.turn()
+                measure._alone(watch.batch)
         assert llm.step is step
         assert done[0].outputs[0].token_ids == want.outputs[0].token_ids

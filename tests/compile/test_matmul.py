@@ -197,7 +197,7 @@ def test_scales_and_quantising_are_fused_with_what_is_beside_them(target):
     assert report.hbm_bytes < 1.02 * LAYERS * (products + beside)
 
 
-@NEWER
+@NEEDS_MOSAIC_GPU
 @pytest.mark.parametrize("width", [8192, 14336, 18944, 28672])
 @pytest.mark.parametrize("target", [H100, H200, B200])
 def test_hidden_numbers_stay_in_registers(width, target, kernel_ran):

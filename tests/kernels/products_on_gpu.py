@@ -158,7 +158,7 @@ def main() -> None:
             f"{key} {D}x{F}, {name} whole", quantized_matmul, x_TD, weight, flops=flops,
             ceiling=narrow,
         )  # fmt: skip
-        far = workloads.difference("quantized_matmul", found, want)
+        far = workloads.difference(found, want)
         x, _ = jax.jit(partial(quantize_activations, name=name))(x_TD)
         measure(
             f"{key} {D}x{F}, {name} product", product, x, weight.values, flops=flops,
@@ -181,7 +181,7 @@ def main() -> None:
                 f"… {name} with a kernel between", feed_forward_in_one_pass, made["out"][0],
                 *weights, flops=flops, ceiling=narrow,
             )  # fmt: skip
-            far = workloads.difference("quantized_matmul", found, want)
+            far = workloads.difference(found, want)
             print(f"    differs from the line above by {far:.2%} of the largest", flush=True)
 
 
