@@ -73,8 +73,14 @@ class Tokenizer:
         raw = _read_tokenizer(folder)
         special = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         _add_missing(raw, special, added)
-        ends = _read_json(folder / "generation_config.json").get("eos_token_id")
+        path = folder / "generation_config.json"
+        ends = _read_json(path).get("eos_token_id")
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if not all(type(end) is int for end in ends):
+            raise TokenizerError(
+                f"{path}: eos_token_id must be a token id or a list of them, got {ends!r}: get the "
+                "file anew"
+            )
         return cls(raw, special, _chat_templates(folder, config), ends)
 
     def _id_of(self, name: str) -> int | None:
@@ -280,8 +286,15 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> ChatTemplates:
     templates = _read_text(path) if path.is_file() else config.get("chat_template") or {}
     if isinstance(templates, str):
         templates = {"default": templates}
-    elif isinstance(templates, list):  # of {"name": …, "template": …}
-        templates = {each.get("name", ""): each.get("template", "") for each in templates}
+    elif isinstance(templates, list) and all(isinstance(each, dict) for each in templates):
+        templates = {each.get("name"): each.get("template") for each in templates}
+    if not isinstance(templates, dict) or not all(
+        isinstance(text, str) for pair in templates.items() for text in pair
+    ):
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or a list of "
+            'objects with "name" and "template": get the file anew'
+        )
     return ChatTemplates(templates, str(folder))
 
 

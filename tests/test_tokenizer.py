@@ -375,3 +375,21 @@ def test_import_is_light() -> None:
     root = FIXTURES.parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "templates", [7, [7], [{"name": "default"}], [{"template": "{{ 1 }}"}], {"default": 7}]
+)
+def test_corrupt_chat_templates_are_named(templates: Any, tmp_path: Path) -> None:
+    folder = copied("tokenizer-jinja", tmp_path)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config.json: chat_template must be"):
+        change_config(folder, chat_template=templates)
+
+
+@pytest.mark.parametrize("ends", ["</s>", [1, "2"], {"id": 1}, 1.5])
+def test_ends_that_are_no_ids_are_named(ends: Any, tmp_path: Path) -> None:
+    folder = copied("tokenizer-jinja", tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(TokenizerError, match=r"generation_config.json: eos_token_id must be"):
+        Tokenizer.from_folder(folder)
