@@ -16,8 +16,8 @@ from jaxinfer.kernels.quantized import LARGEST, SMALLEST
 from jaxinfer.shapes import dims
 
 THREADS = 128
-# Hidden numbers of a token that its threads can hold, two in a register: half of the registers.
-WIDEST = 256 * THREADS
+# Hidden numbers of a token that its threads can hold, two in a register, without spilling any.
+WIDEST = 148 * THREADS
 
 
 def refusal(sums_TWF: Any, name: str) -> str | None:
