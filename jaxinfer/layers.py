@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfer.config import ModelConfig, RopeScaling
 from jaxinfer.kernels.choice import PageOps
+from jaxinfer.kernels.gated_quantize import ACTIVATIONS
 from jaxinfer.kernels.paged_attention import capped
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import Pool
@@ -218,8 +219,7 @@ def mlp(weights: dict[str, Array], x_TD: Array, config: ModelConfig) -> Array:
     gate_up_TWF = linear(x_TD, weights["gate_up_WFD"], "TWF")
     if "gate_up_bias_WF" in weights:
         gate_up_TWF += weights["gate_up_bias_WF"][None]
-    activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
-    hidden_TF = activation(gate_up_TWF[:, 0]) * gate_up_TWF[:, 1]
+    hidden_TF = ACTIVATIONS[config.activation](gate_up_TWF[:, 0]) * gate_up_TWF[:, 1]
     # Row-parallel: each device adds up its share of F; the layer's second all-reduce.
     out_TD = linear(hidden_TF, weights["down_DF"], "TD")
     if "down_bias_D" in weights:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer.kernels.gpu import load
-from jaxinfer.kernels.quantized import LARGEST, SMALLEST
+from jaxinfer.kernels.quantized import LARGEST, SMALLEST, cast, format_of
 from jaxinfer.shapes import dims
 
 THREADS = 128
@@ -46,7 +46,7 @@ def gated_quantize(
     each = next(n for n in (8, 4, 2, 1) if F % (THREADS * n) == 0)
     piece = THREADS * each
     layout = plgpu.Layout.WG_STRIDED((piece,), each)
-    largest = LARGEST["float8_e4m3fn"]
+    dtype = jnp.dtype(format_of(name).activations)
 
     def body(sums, token_scale, scale, values, out_scale):
         token = lax.axis_index("token")
@@ -62,16 +62,16 @@ def gated_quantize(
             )
             hidden.append((_activated(gate, activation) * up).astype(jnp.bfloat16))
             peak = jnp.maximum(peak, jnp.abs(hidden[-1].astype(jnp.float32)))
-        scale_of_token = jnp.maximum(jnp.max(peak), SMALLEST) / largest
+        scale_of_token = jnp.maximum(jnp.max(peak), SMALLEST) / LARGEST[dtype.name]
         for at, some in zip(range(0, F, piece), hidden, strict=True):
-            scaled = jnp.clip(some.astype(jnp.float32) / scale_of_token, -largest, largest)
-            values[token, pl.ds(at, piece)] = scaled.astype(jnp.float8_e4m3fn)
+            scaled = some.astype(jnp.float32) / scale_of_token
+            values[token, pl.ds(at, piece)] = cast(scaled, dtype)
         out_scale[token] = scale_of_token
 
     values_TF, scale_T = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((T, F), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((T, F), dtype),
             jax.ShapeDtypeStruct((T,), jnp.float32),
         ],
         grid=(T,),

@@ -303,7 +303,7 @@ class _Multiply:
         for begin in range(0, depth, rows):
             part = pl.ds(begin, rows)
             numbers = load(values_smem.at[part], layout)
-            if numbers.dtype == jnp.float8_e4m3fn and self.operand == jnp.bfloat16:
+            if numbers.dtype == jnp.float8_e4m3fn:
                 numbers = numbers.astype(jnp.float32)  # Hopper knows no other way
             else:
                 numbers = read_values(numbers, name, self.operand)

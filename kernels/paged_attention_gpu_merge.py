@@ -34,12 +34,6 @@ AT_ONCE, FEW = 8, 2
 BUSY = 256
 
 
-def _piece(heads: int, width: int) -> tuple[int, int] | None:
-    """The first of `PIECES` that so many heads of this width are a multiple of; None if none is."""
-    fit = ((rows, columns) for rows, columns in PIECES if not heads % rows and not width % columns)
-    return next(fit, None)
-
-
 def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group: int) -> Array:
     """Softmax-weighted mean of each row's parts, one after the other: `[B, K, G, H]`, bfloat16.
 
@@ -52,9 +46,11 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
     rows = starts.shape[0] - 1
     seed = jnp.full((heads, padded), FLOOR, jnp.float32)
     seed = seed if sinks_KG is None else seed.at[:, :group].set(sinks_KG)
-    merged, piece = group, _piece(group, width)
-    if piece is None:
-        merged, piece = padded, (8, 16)  # heads are padded to eights, and wide by sixteens
+    # Padded to eights and wide by sixteens, heads fit the first piece if they fit no other.
+    merged, piece = next(
+        (count, piece) for count in (group, padded) for piece in PIECES
+        if count % piece[0] == 0 and width % piece[1] == 0
+    )  # fmt: skip
     layout = PIECES[piece]
     across = merged // piece[0]
     if rows * heads * across >= BUSY:

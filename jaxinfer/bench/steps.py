@@ -152,7 +152,7 @@ class _Measure:
                 llm.turn()
             for _ in range(ROUNDS):
                 llm.turn()
-                turns.append(self._timed(llm.turn))
+                turns.append(self._turns())
                 measured += watch.plans[-self.steps :]
                 alone.append(self._alone(watch.batch))
             for request_id in ids:
@@ -188,11 +188,11 @@ class _Measure:
             **self._utilisation(watch.plans, sum(times)),
         }  # fmt: skip
 
-    def _timed(self, call: Any) -> float:
-        """Seconds that each of `steps` calls takes."""
+    def _turns(self) -> float:
+        """Seconds that a turn of the engine takes."""
         started = time.perf_counter()
         for _ in range(self.steps):
-            call()
+            self.llm.turn()
         return (time.perf_counter() - started) / self.steps
 
     def _alone(self, batch: Any) -> float:

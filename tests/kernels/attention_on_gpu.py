@@ -21,7 +21,7 @@ from jaxinfer.configs import find_chip
 from jaxinfer.kernels import cases, timing, workloads
 from jaxinfer.kernels import paged_attention_gpu as attention
 from jaxinfer.kernels.gpu import Gpu
-from jaxinfer.step import COMPILER_OPTIONS
+from jaxinfer.step import GPU_OPTIONS
 from tests.kernels.ragged import Batch
 
 SCALE = 0.2
@@ -109,7 +109,7 @@ def microseconds(gpu: Gpu, case: cases.Case, calls: int = 8, **tilings: Any) -> 
             x = q + kernel(x, pool, rows) * 0.01
         return x
 
-    options: Any = COMPILER_OPTIONS.get("gpu")
+    options: Any = GPU_OPTIONS
     step = jax.jit(layers).lower(q, pool, rows).compile(compiler_options=options)
     return timing.seconds_per_call(lambda _: step(q, pool, rows)) / calls * 1e6
 
