@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import time
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "engine": serve.engine_section(llm, args.model),
             "machine": serve.machine_section(device),
+            "world_info": serve.world_section(llm, request_rate=math.inf, concurrency=0),
             "limits": {
                 "peak_bytes_per_s": limits.bytes_per_second,
                 "peak_bytes_source": limits.bytes_source,
