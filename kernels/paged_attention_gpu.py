@@ -21,8 +21,8 @@ from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels import paged_attention_gpu_body as body
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
-from jaxinfer.kernels.paged_attention_gpu_units import UNITS, choose_unit
-from jaxinfer.kernels.paged_attention_gpu_work import LOG2E, Problem, Tiling
+from jaxinfer.kernels.paged_attention_gpu_units import UNITS, choose_unit, exchanged
+from jaxinfer.kernels.paged_attention_gpu_work import FLOAT16_LARGEST, LOG2E, Problem, Tiling
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 from jaxinfer.shapes import dims
@@ -129,8 +129,8 @@ def paged_attention(
     single, tiles: how rows of one token and longer ones are cut; None: as tuned for the chip (the
     name of its sheet), else `choose_tiling` decides.
 
-    scale is positive.  Weights are rounded to bfloat16 before they meet the values; over pages of
-    8-bit floats queries and weights are float16, with their larger magnitudes clipped.
+    scale is positive.  Weights are rounded to bfloat16 before they meet the values; over quantised
+    pages queries and weights are float16, with their larger magnitudes clipped.
     """
     if scale <= 0:
         raise ConfigError(f"scale={scale} is not positive: negate the queries instead")
@@ -141,9 +141,8 @@ def paged_attention(
     key = tuned.pages_key("", q_TKGH, pool, window)
     if sinks_KG is not None:
         sinks_KG = sinks_KG.astype(jnp.float32) * LOG2E
-    if problem.operand == "float16":
-        largest = float(jnp.finfo(jnp.float16).max)
-        q_TKGH = jnp.clip(q_TKGH, -largest, largest).astype(jnp.float16)
+    if problem.quantized:
+        q_TKGH = jnp.clip(q_TKGH, -FLOAT16_LARGEST, FLOAT16_LARGEST).astype(jnp.float16)
 
     def choose(split: bool) -> Tiling:
         return tuned.choose(
@@ -220,9 +219,12 @@ def _attend_single(
     work = jnp.stack([row_I, token_I, last_I, kv_len_I, begin_I, end_I, last_I], axis=1)
     # Rows of one token come first, and so do their tokens.
     q = jnp.pad(q_TKGH[:B], [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
+    unit, _ = choose_unit(gpu, problem, split=True)
+    if problem.quantized and unit.KEYS is not None:
+        q = exchanged(q)
     acc, stat = body.attend(
-        q, pool, rows.page_table_BM, work, count, None, problem=problem, tiling=tiling,
-        unit=choose_unit(gpu, problem, split=True)[0], multiprocessors=gpu.multiprocessors,
+        q, pool, rows.page_table_BM, work, count, None, problem=problem, tiling=tiling, unit=unit,
+        multiprocessors=gpu.multiprocessors,
     )  # fmt: skip
     return merge(acc, stat, starts, sinks_KG, problem.G)
 

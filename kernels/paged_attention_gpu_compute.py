@@ -10,11 +10,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.gpu import load, row_layout
+from jaxinfer.kernels.gpu import float16_of_bytes, load, row_layout
 from jaxinfer.kernels.paged_attention_gpu_units import full, over_columns
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
     FIRST,
+    FLOAT16_LARGEST,
     FLOOR,
     KV_LEN,
     LOG2E,
@@ -98,15 +99,19 @@ class Computer(Worker):
         plgpu.barrier_wait(arrived)
 
     def _start(self) -> tuple[Array, Array, Array]:
-        """Weighted values, maxima in base 2, sums of weights: nothing seen yet."""
-        rows, layout = self.t.rows, self.unit.LAYOUT.reduce(1)
-        return self.unit.start(rows, self.p.H), full(FLOOR, layout, rows), full(0, layout, rows)
+        """Weighted values, maxima in base 2, sums of weights (a row's or, if they are summed late,
+        each column's): nothing seen yet."""
+        rows, layout = self.t.rows, self.unit.LAYOUT
+        each = layout.reduce(1)
+        total = full(0, layout, rows, self.t.block) if self.unit.SUMS_LATE else full(0, each, rows)
+        return self.unit.start(rows, self.p.H), full(FLOOR, each, rows), total
 
     def _fold(self, carry, slot: Array, start: Array):
         """Fold the block in `slot`, whose first position is `start`, into an online softmax."""
         p, scratch = self.p, self.scratch
         acc, peak, total = carry
-        scores = self.unit.scores(self.q_ref, *self._keys(scratch["k_smem"].at[slot]))
+        k_ref, v_ref = scratch["k_smem"].at[slot], scratch["v_smem"].at[slot]
+        scores = self._scores(k_ref, v_ref)
         column = self.unit.LAYOUT.reduce(0)
         # Scores times `factor` are in base 2: the multiplication fuses with the subtraction below.
         factor = p.scale * (LOG2E if p.soft_cap is None else 1)
@@ -121,59 +126,78 @@ class Computer(Worker):
         new_peak = jnp.maximum(peak, scores.max(axis=1) * factor)
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(scores * factor - over_columns(new_peak, scores.shape))
-        total = total * shrink + weights.sum(axis=1)
+        if self.unit.SUMS_LATE:
+            total = total * over_columns(shrink, total.shape) + weights
+        else:
+            total = total * shrink + weights.sum(axis=1)
         written = self.kv_len - start
         if p.quantized:
             scale = load(scratch["v_scale_smem"].at[slot], layout=column)
             at = plgpu.broadcasted_iota(jnp.int32, scale.shape, 0, layout=column)
-            scale = jnp.where(at < written, scale * p.lift, 0.0)  # an unwritten scale may be NaN
+            scale = jnp.minimum(scale * p.lift, FLOAT16_LARGEST)
+            scale = jnp.where(at < written, scale, 0.0)  # an unwritten scale may be NaN
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
         weights = weights.astype(p.operand)
-        v_ref = self._operand(scratch["v_smem"].at[slot])
+        if p.quantized:
+            v_ref = self.wide_ref if self.early else self._widen(v_ref)
         pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
         if p.quantized and not self.unit.COMMITS:
             plgpu.commit_smem()
         return self.unit.weigh(acc, shrink, weights, v_ref), new_peak, total
 
-    def _keys(self, ref: Any) -> list[Any]:
-        """Keys as the matrix unit takes them, before their scales."""
+    @property
+    def early(self) -> bool:
+        """Whether the place for converted values is free while scores are computed: keys are
+        converted in registers then."""
+        return self.p.quantized and self.unit.KEYS is not None
+
+    @property
+    def wide_ref(self) -> Any:
+        """A block of converted numbers, in shared memory."""
+        return self.scratch["wide_smem"].at[self.group]
+
+    def _scores(self, k_ref: Any, v_ref: Any) -> Array:
+        """Queries times a block's keys, before their scales.  Converts its values meanwhile, if
+        they are early."""
         if not self.p.quantized:
-            return [ref]
-        if self.unit.KEYS is None:
-            wide = self._operand(ref)
+            return self.unit.scores(self.q_ref, k_ref)
+        if not self.early:
+            self._widen(k_ref)
             plgpu.commit_smem()
-            return [wide]
-        parts = self._converted(load(ref, self.unit.KEYS))
-        return [plgpu.layout_cast(part, plgpu.Layout.WGMMA) for part in parts]
+            return self.unit.scores(self.q_ref, self.wide_ref)
+        keys = map(self.unit.keys, self._converted(k_ref, self.unit.KEYS))
+        return self.unit.scores(self.q_ref, *keys, meanwhile=lambda: self._widen(v_ref))
 
-    def _converted(self, stored: Array) -> list[Array]:
-        """Stored numbers as operands; of packed ones, the low halves before the high ones."""
-        if self.p.stored != "uint8":
+    def _converted(self, ref: Any, layout: Any) -> list[Array]:
+        """Stored numbers as operands, in a layout; of packed ones, the low halves before the high
+        ones."""
+        stored = load(ref, layout)
+        if stored.dtype == jnp.int8:
+            return [
+                float16_of_bytes(lax.bitcast_convert_type(stored, jnp.uint8) ^ 128, 128, layout)
+            ]
+        if stored.dtype != jnp.uint8:
             return [stored.astype(self.p.operand)]
-        # Both halves of a byte as signed bytes: the low one plus 8, the high one times 16.
-        low = lax.bitcast_convert_type((stored & 15) ^ 8, jnp.int8)
-        high = lax.bitcast_convert_type(stored & 240, jnp.int8)
-        return [low.astype(jnp.bfloat16) - 8, high.astype(jnp.bfloat16) * 0.0625]
+        low, high = (stored & 15) ^ 8, (stored & 240) ^ 128  # without signs, the high one times 16
+        return [
+            float16_of_bytes(low, 8, layout), float16_of_bytes(high, 128, layout) * 0.0625
+        ]  # fmt: skip
 
-    def _operand(self, ref: Any) -> Any:
-        """Keys or values as the matrix unit takes them, before their scales; to be committed."""
-        p = self.p
-        if not p.quantized:
-            return ref
-        wide = self.scratch["wide_smem"].at[self.group]
-        step = columns_at_once(p.width)
-        for at in range(0, p.width, step):
-            stored = load(ref.at[:, pl.ds(at, step)], row_layout(step))
-            for half, part in enumerate(self._converted(stored)):
+    def _widen(self, ref: Any) -> Any:
+        """Convert a block to `wide_ref`, before its scales; to be committed."""
+        wide, step = self.wide_ref, columns_at_once(self.p.width)
+        for at in range(0, self.p.width, step):
+            parts = self._converted(ref.at[:, pl.ds(at, step)], row_layout(step))
+            for half, part in enumerate(parts):
                 part = plgpu.layout_cast(part, row_layout(step))  # as `_clear` relies on
-                wide[:, pl.ds(half * p.width + at, step)] = part
+                wide[:, pl.ds(half * self.p.width + at, step)] = part
         return wide
 
     def _clear(self, v_ref: Any, written: Array) -> None:
         """Zero the slots that nobody may see: a NaN would survive its zero weight.
 
         Warpgroups that share the block all do so; what they write is the same.  A thread loads what
-        it stored itself, here or in `_operand`: the layouts are alike.
+        it stored itself, here or in `_widen`: the layouts are alike.
         """
         step = columns_at_once(self.p.width)
         for at in range(0, self.p.H, step):
@@ -227,6 +251,8 @@ class Computer(Worker):
 
     def _store_part(self, carry, item: Item, part: Array) -> None:
         acc, peak, total = carry
+        if self.unit.SUMS_LATE:
+            total = total.sum(axis=1)
         stat_ref = self.scratch["stat_smem"].at[self.group]
         acc_ref = self.scratch["acc_smem"].at[self.group]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's part

@@ -8,10 +8,13 @@ made (in registers, on Blackwell in tensor memory); both have their result when 
 
 `BARRIERS`: Pallas puts barriers of the warpgroup around each store to shared memory.  `COMMITS`:
 `weigh` makes what the warpgroup stored there visible to the matrix unit, values included.
+`SUMS_LATE`: a tile's registers have room for a sum of weights for each column; it is summed over
+the columns, which takes exchanges between threads, only at the end of an item.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax.experimental.pallas as pl
@@ -19,7 +22,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.gpu import Gpu, load, meet
+from jaxinfer.kernels.gpu import (
+    Gpu,
+    four_as_two_and_two,
+    load,
+    load_vectors,
+    meet,
+    store_turned,
+)
 from jaxinfer.kernels.paged_attention_gpu_work import Problem, Tiling
 
 
@@ -43,6 +53,13 @@ def over_columns(x: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(x, shape, [0])
 
 
+def exchanged(x: Array) -> Array:
+    """The columns in the order in which `Turned.keys` has them: of each sixteen, the second and the
+    third pair of each half change places across the halves."""
+    sixteens = x.reshape(*x.shape[:-1], -1, 2, 2, 2, 2)
+    return sixteens.swapaxes(-4, -2).reshape(x.shape)
+
+
 class Wgmma:
     """Hopper (sm_90a): the products of a warpgroup, accumulated in its registers."""
 
@@ -51,6 +68,7 @@ class Wgmma:
     KEYS: ClassVar[Any] = None
     BARRIERS: ClassVar[bool] = True
     COMMITS: ClassVar[bool] = False
+    SUMS_LATE: ClassVar[bool] = False
     WIDEST: ClassVar[int] = 256
 
     @staticmethod
@@ -123,11 +141,13 @@ class Turned:
     KEYS: ClassVar[Any] = plgpu.Layout.WGMMA_UPCAST_2X
     BARRIERS: ClassVar[bool] = False
     COMMITS: ClassVar[bool] = True
+    SUMS_LATE: ClassVar[bool] = True
 
     @staticmethod
     def scratch(p: Problem, t: Tiling) -> dict[str, Any]:
         return dict(
-            scores_smem=Turned.room(t.groups, t.rows, t.block),
+            # Four further columns: the two rows of four threads each lie in banks of their own.
+            scores_smem=Turned.room(t.groups, t.rows, t.block + 4),
             weights_smem=tiled((t.groups, t.rows, t.block), p.operand, p.swizzled),
             shrink_smem=plgpu.SMEM((t.groups, t.rows), jnp.float32),
         )
@@ -136,30 +156,40 @@ class Turned:
         names = ("scores_smem", "weights_smem", "shrink_smem")
         self.scores_ref, self.weights_ref, self.shrink_ref = (scratch[n].at[group] for n in names)
 
-    def scores(self, q_ref: Any, *keys: Any) -> Array:
+    @staticmethod
+    def keys(part: Array) -> Array:
+        """Columns of keys, as they were loaded, as an operand: not in their order, but `exchanged`.
+
+        A thread holds four neighbours of sixteen columns, where the matrix unit expects two and
+        two.  The order does not matter if queries have the same.
+        """
+        return four_as_two_and_two(part)
+
+    def scores(self, q_ref: Any, *keys: Any, meanwhile: Callable[[], Any] | None = None) -> Array:
         """Queries `[rows, H]` times keys `[block, H]`: `[rows, block]`; the keys in shared memory,
-        or some columns after the other in registers."""
+        or some columns after the other in registers.  meanwhile: called while they are
+        multiplied; may overwrite what the product before read."""
         width, block = q_ref.shape[1] // len(keys), keys[0].shape[0]
 
         def multiply(acc_ref):
             for n, part in enumerate(keys):
                 some = q_ref.at[:, pl.ds(n * width, width)] if len(keys) > 1 else q_ref
                 plgpu.wgmma(acc_ref, part, some.transpose((1, 0)))
+            if meanwhile is not None:
+                meet()  # a warp knows of its own share of that product only
+                meanwhile()
             return acc_ref[...]
 
         turned = pl.run_scoped(
             multiply, plgpu.WGMMAAccumulatorRef((block, q_ref.shape[0]), jnp.float32)
         )
-        ref = self.scores_ref.at[pl.ds(0, q_ref.shape[0])]
-        ref.transpose((1, 0))[...] = plgpu.layout_cast(turned, plgpu.Layout.WGMMA_TRANSPOSED)
+        store_turned(self.scores_ref, turned)
         meet()
-        return load(ref, self.LAYOUT, optimized=False)
+        return load_vectors(self.scores_ref, turned.shape[::-1], self.LAYOUT)
 
     @staticmethod
     def room(*shape: int) -> Any:
-        # The odd row keeps layout inference from looking for a tiling: there is none that fits.
-        groups, rows, columns = shape
-        return plgpu.SMEM((groups, rows + 1, columns), jnp.float32)
+        return plgpu.SMEM(shape, jnp.float32)
 
     def start(self, rows: int, width: int) -> Array:
         return full(0, plgpu.Layout.WGMMA, width, rows)
@@ -183,8 +213,7 @@ class Turned:
         return acc[at : at + count]  # `[columns, rows]`
 
     def leave(self, some: Array, ref: Any) -> None:
-        some = plgpu.layout_cast(some, plgpu.Layout.WGMMA_TRANSPOSED)
-        ref.at[pl.ds(0, some.shape[1])].transpose((1, 0))[...] = some
+        store_turned(ref, some)
 
 
 class Tcgen05:
@@ -198,6 +227,7 @@ class Tcgen05:
     KEYS: ClassVar[Any] = None
     BARRIERS: ClassVar[bool] = True
     COMMITS: ClassVar[bool] = True
+    SUMS_LATE: ClassVar[bool] = False
     WIDEST: ClassVar[int] = 128  # that of a wider head for two warpgroups does not fit
 
     @staticmethod

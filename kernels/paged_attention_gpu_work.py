@@ -15,6 +15,8 @@ from jax import Array, lax
 from jaxinfer.kernels.write_pages import LARGEST
 
 LOG2E = math.log2(math.e)
+# What queries and weights are clipped to that meet quantised pages.
+FLOAT16_LARGEST = 65504.0
 # Below every score, and finite: differences of maxima are never NaN.
 FLOOR = -1e30
 # Registers of a thread of the loading warpgroup; those that compute share what it leaves of the
@@ -54,15 +56,15 @@ class Problem:
 
     @property
     def operand(self) -> str:
-        """Dtype of the matrix products.  8-bit floats are float16 numbers, and becoming those takes
-        a fourth of the instructions that it takes them to become bfloat16."""
-        return "float16" if self.stored.startswith("float8") else "bfloat16"
+        """Dtype of the matrix products.  Numbers of eight bits and fewer are float16 numbers, and
+        becoming those takes a fourth of the instructions that it takes them to become bfloat16."""
+        return "float16" if self.quantized else "bfloat16"
 
     @property
     def lift(self) -> float:
         """A power of two that weights are multiplied by: with the scale of a slot, which is its
         largest magnitude over the format's, they would be subnormal in float16."""
-        return 2.0 ** round(math.log2(LARGEST[self.stored]) - 1) if self.operand == "float16" else 1
+        return 2.0 ** round(math.log2(LARGEST[self.stored]) - 1) if self.quantized else 1
 
     @property
     def width(self) -> int:

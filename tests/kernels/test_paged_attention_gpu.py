@@ -17,6 +17,7 @@ if jax.__version_info__ < (0, 11):
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxinfer.kernels import paged_attention_gpu as attention
+from jaxinfer.kernels import paged_attention_gpu_compute as compute
 from jaxinfer.kernels import paged_attention_gpu_units as units
 from jaxinfer.kernels.paged_attention_gpu_work import Problem
 
@@ -42,11 +43,20 @@ class Interpreted(units.Wgmma):
 class InterpretedTurned(units.Turned):
     """Transposed as the kernel has it, keys in registers or not."""
 
-    def scores(self, q_ref, *keys):
+    @staticmethod
+    def keys(part):
+        return units.exchanged(part)
+
+    def scores(self, q_ref, *keys, meanwhile=None):
         keys = jnp.concatenate([key[...] for key in keys], axis=1)
         turned = jnp.dot(keys, q_ref[...].T, preferred_element_type=jnp.float32)
-        self.scores_ref[: q_ref.shape[0]] = turned.T
-        return self.scores_ref[: q_ref.shape[0]]
+        if meanwhile is not None:
+            meanwhile()
+        self.scores_ref[:, : turned.shape[0]] = turned.T
+        return self.scores_ref[:, : turned.shape[0]]
+
+    def leave(self, some, ref):
+        ref[...] = some.T
 
     def weigh(self, acc, shrink, weights, v_ref):
         self.weights_ref[...], self.shrink_ref[...] = weights, shrink
@@ -58,6 +68,11 @@ class InterpretedTurned(units.Turned):
 def interpreter(monkeypatch):
     monkeypatch.setitem(units.UNITS, 9, Interpreted)
     monkeypatch.setitem(units.FOR_FEW_ROWS, 9, InterpretedTurned)
+    monkeypatch.setattr(
+        compute,
+        "float16_of_bytes",
+        lambda x, bias, _: (x.astype(jnp.int32) - bias).astype("float16"),
+    )
     # A part holds few slots, or no row here would have two.
     monkeypatch.setattr(attention, "SHORTEST_PART", 64)
     parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]
