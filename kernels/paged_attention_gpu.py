@@ -10,6 +10,7 @@ the company it is in.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -27,8 +28,10 @@ from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 from jaxinfer.shapes import dims
 
-# Slots of a part of a context: so many that merging costs little.
+# Slots of a part of a context: so many that merging costs little.  If there are so few rows that
+# they would not keep a chip busy, a fraction of that, down to this one.
 SHORTEST_PART = 1024
+SMALLEST_FRACTION = 1 / 4
 # Computing warpgroups; three of them were slower on H100, also where pages must be converted.
 GROUPS = 2
 
@@ -202,11 +205,13 @@ def _attend_single(
     # A long row alone should keep the chip busy; more parts than that cost their begin and end.
     most = min(max(gpu.multiprocessors // problem.K, 1), 64)
     part_B = -(-span_B // (most * tiling.block)) * tiling.block
-    part_B = jnp.maximum(part_B, SHORTEST_PART)
+    busy = max(min(B * problem.K / gpu.multiprocessors, 1), SMALLEST_FRACTION)
+    shortest = int(SHORTEST_PART * 2 ** math.ceil(math.log2(busy)))
+    part_B = jnp.maximum(part_B, shortest)
     # Room for every page of the pool once.  Only rows that share many pages need more: the parts
     # of all rows are then doubled until they fit.
-    capacity = B + min(pool.shape[0], B * M) * problem.S // SHORTEST_PART
-    longest = max(M * problem.S // SHORTEST_PART, 1)
+    capacity = B + min(pool.shape[0], B * M) * problem.S // shortest
+    longest = max(M * problem.S // shortest, 1)
     factors = 2 ** jnp.arange(longest.bit_length() + 1)[:, None]
     fits = jnp.sum(-(-span_B[None] // (part_B[None] * factors)), axis=1) <= capacity
     part_B *= factors[jnp.argmax(fits), 0]

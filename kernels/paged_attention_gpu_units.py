@@ -125,7 +125,7 @@ class Wgmma:
 
 class Turned:
     """Hopper, for few query rows, a multiple of eight: those of keys and values are the unit's 64.
-    For rows of one token only: it leaves parts of a context (64 columns at a time), no results.
+    For rows of one token only: it leaves parts of a context (by 64 columns), no results.
 
     A tile of eight rows would fill an eighth of the unit's rows, and of the registers.  Scores
     come out transposed, and go through shared memory into rows; so do the weights on their way
