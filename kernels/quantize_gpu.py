@@ -21,8 +21,9 @@ from jaxinfer.kernels.quantized import LARGEST, SMALLEST, cast, format_of
 from jaxinfer.shapes import dims
 
 THREADS = 128
-# Numbers of a token that its threads can hold, two in a register, without spilling any.
-WIDEST = 148 * THREADS
+# Numbers of a token that its threads can hold, two in a register, without spilling any; by the
+# dtype of what is read.
+WIDEST = {"bfloat16": 148 * THREADS, "int32": 144 * THREADS}
 
 
 def refusal(numbers: Any, name: str, gpu: Gpu) -> str | None:
@@ -32,7 +33,7 @@ def refusal(numbers: Any, name: str, gpu: Gpu) -> str | None:
     To be asked before lowering: for chips that it does not know, Mosaic GPU ends the process.
     """
     tokens, *between, width = numbers.shape
-    takes = ("bfloat16", "int32") if between else ("bfloat16",)
+    takes = tuple(WIDEST) if between else ("bfloat16",)
     if gpu.capability not in {(9, 0), (10, 0)}:
         return f"Mosaic GPU is not for compute capability {gpu.capability}"
     if not format_of(name).as_stored:
@@ -41,8 +42,9 @@ def refusal(numbers: Any, name: str, gpu: Gpu) -> str | None:
         return f"it takes {' or '.join(takes)}, not {numbers.dtype}"
     if not tokens:
         return "there are no tokens"
-    if width not in range(THREADS, WIDEST + 1, THREADS):
-        return f"a token's {width} numbers are no multiple of {THREADS} up to {WIDEST}"
+    widest = WIDEST[numbers.dtype.name]
+    if width not in range(THREADS, widest + 1, THREADS):
+        return f"a token's {width} numbers are no multiple of {THREADS} up to {widest}"
     return None
 
 
@@ -50,8 +52,9 @@ def quantize_activations(x_TD: Array, name: str) -> tuple[Array, Array]:
     """As `quantized.quantize_activations`, for arguments that `refusal` passes: values `[T, D]` and
     float32 scales `[T, 1]`.
 
-    Numbers are multiplied by one over the scale, not divided by it: what is half way between two
-    values, but for the last bit of float32, may become the other one.
+    Numbers are multiplied by one over the scale, not divided by it, which would be several times
+    the instructions: what is half way between two values, but for the last bits of float32, may
+    become the other one.
     """
 
     def read(token: Array, some: Any, layout: Any, x: Any) -> Array:

@@ -84,14 +84,15 @@ def feed_forward(multiply: Callable[..., Array], x_TD: Array, gate_up: Any, down
 
 
 def feed_forward_in_one_pass(
-    quantize: Callable[..., Any], x_TD: Array, gate_up: Quantized, down: Quantized
+    quantize_first: Callable[..., Any], x_TD: Array, gate_up: Quantized, down: Quantized
 ) -> Array:
-    """The same layers with a kernel between the two products; `quantize` is before the first."""
+    """The same layers with a kernel between the two products; `quantize_first`: of activations,
+    before the first."""
     from jaxinfer.kernels.quantize_gpu import gated_quantize
 
     scale_D = jnp.ones(x_TD.shape[1], x_TD.dtype)
     for _ in range(LAYERS):
-        x, scale_T1 = quantize(rms_norm(x_TD, scale_D[None], 1e-5), gate_up.format)
+        x, scale_T1 = quantize_first(rms_norm(x_TD, scale_D[None], 1e-5), gate_up.format)
         sums_TWF = product(x, gate_up.values).reshape(len(x), 2, -1)
         scale_WF = gate_up.scales.reshape(2, -1)
         hidden, scale_T1 = gated_quantize(
@@ -198,11 +199,11 @@ def main() -> None:
         if kernels is not None:
             from jaxinfer.kernels import quantize_gpu
 
-            for words, quantize_first in (
+            for words, first in (
                 ("a kernel between", quantize_activations),
                 ("kernels for both", quantize_gpu.quantize_activations),
             ):
-                chain = partial(feed_forward_in_one_pass, quantize_first)
+                chain = partial(feed_forward_in_one_pass, first)
                 found, _ = measure(
                     f"… {name}, {words}", chain, made["out"][0], *weights, flops=flops,
                     ceiling=narrow,
