@@ -16,6 +16,7 @@ from jaxinfer.configs import Chip
 from jaxinfer.errors import ShapeError
 from jaxinfer.kernels import cases
 from jaxinfer.kernels.blocks import Key, pages_key, product_key
+from jaxinfer.kernels.quantized import format_of
 from jaxinfer.kernels.tpu import LANES
 
 OPS = ("paged_attention", "quantized_matmul", "grouped_matmul")
@@ -40,6 +41,8 @@ class Sweep:
 def sweeps(op: str, name: str, case: Any, chip: Chip) -> list[Sweep]:
     """The sweeps of a case on a chip: one, or two if it has rows of one token and longer ones."""
     if isinstance(case, cases.Product):
+        if case.single and case.format and format_of(case.format).as_stored:
+            return []  # the kernel beside the library's product has no blocks
         x_TD, weight, _ = cases.abstract_product(replace(case, single=False))
         found = _products(x_TD, weight, chip)
         return [Sweep(op, name, "grouped_matmul", product_key(x_TD, weight), "blocks", found)]

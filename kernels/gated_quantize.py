@@ -26,9 +26,11 @@ def gated_quantize(
 
     sums_TWF: gate and up (W), before the scales of the tokens `[T, 1]` and of the weight's columns
     `[W, F]` are multiplied in.  activation: of `ACTIVATIONS`.  The hidden numbers are rounded to
-    the dtype of the sums before they are quantised, as they would be in memory.
+    the dtype of the sums (of int32: to bfloat16) before they are quantised, as they would be in
+    memory.
     """
     dims(sums_TWF=sums_TWF, scale_WF=scale_WF)
     scaled_TWF = sums_TWF.astype(jnp.float32) * scale_T1[:, :, None] * scale_WF[None]
     hidden_TF = ACTIVATIONS[activation](scaled_TWF[:, 0]) * scaled_TWF[:, 1]
-    return quantize_activations(hidden_TF.astype(sums_TWF.dtype), name)
+    dtype = jnp.promote_types(sums_TWF.dtype, jnp.bfloat16)
+    return quantize_activations(hidden_TF.astype(dtype), name)

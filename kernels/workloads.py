@@ -234,26 +234,32 @@ def _product(op: str, case: cases.Product, backend: str, chip: Chip | None) -> I
         modules = {"quantized_matmul": quantized_matmul, "grouped_matmul": grouped_matmul}
         return getattr(modules[op], op)
     if case.single and case.format and not format_of(case.format).rows:
+        if backend == "mosaic_gpu" and format_of(case.format).as_stored:
+            return _on_gpu("quantized_matmul", case, chip)
         raise ConfigError(f"{backend}: no kernel is needed, XLA reads the weight once as it is")
-    kernel = {"mosaic_tpu": _grouped_tpu, "mosaic_gpu": _grouped_gpu}[backend](case, chip)
+    if backend == "mosaic_gpu":
+        kernel = _on_gpu("grouped_matmul", replace(case, single=False), chip)
+    else:
+        kernel = _grouped_tpu(chip)
     return partial(quantized_matmul.as_one_group, kernel) if case.single else kernel
 
 
-def _grouped_tpu(case: cases.Product, chip: Chip | None) -> Implementation:
+def _grouped_tpu(chip: Chip | None) -> Implementation:
     if chip is None or chip.tpu is None or chip.name not in tpu.CHIPS:
         raise ConfigError(f"mosaic_tpu: compiled for {', '.join(tpu.CHIPS)} only")
     module = import_module("jaxinfer.kernels.grouped_matmul_tpu")
     return partial(module.grouped_matmul, vmem_bytes=chip.tpu.vmem_bytes, chip=chip.name)
 
 
-def _grouped_gpu(case: cases.Product, chip: Chip | None) -> Implementation:
+def _on_gpu(op: str, case: cases.Product, chip: Chip | None) -> Implementation:
     if chip is None or chip.gpu is None:
         raise ConfigError("mosaic_gpu: the device is no NVIDIA GPU that has a sheet")
     if jax.__version_info__ < choice.GPU_NEEDS_JAX:
         raise ConfigError(f"mosaic_gpu: the kernels need a newer jax than {jax.__version__}")
-    module = import_module("jaxinfer.kernels.grouped_matmul_gpu")
+    module = import_module(f"jaxinfer.kernels.{op}_gpu")
     gpu = import_module("jaxinfer.kernels.gpu").Gpu.of(chip)
-    x_TD, weight, _ = cases.abstract_product(replace(case, single=False))
+    x_TD, weight, _ = cases.abstract_product(case)
     if refused := module.refusal(x_TD, weight, gpu):
         raise ConfigError(f"mosaic_gpu: {refused}")
-    return partial(module.grouped_matmul, gpu=gpu, chip=chip.name)
+    tuned = {"chip": chip.name} if op == "grouped_matmul" else {}
+    return partial(getattr(module, op), gpu=gpu, **tuned)

@@ -197,20 +197,46 @@ def test_scales_and_quantising_are_fused_with_what_is_beside_them(target):
     assert report.hbm_bytes < 1.02 * LAYERS * (products + beside)
 
 
-@NEEDS_MOSAIC_GPU
-@pytest.mark.parametrize("width", [8192, 14336, 18944])
+@pytest.mark.parametrize(
+    ("name", "library"), [("fp8", "__cublas$lt$matmul$f8"), ("int8", "__cublas$lt$matmul")]
+)
 @pytest.mark.parametrize("target", [H100, H200, B200])
-def test_hidden_numbers_stay_in_registers(width, target):
-    sums, scale_T1, scale_WF = (
+def test_a_kernel_quantises_activations_once(target, name, library, kernel_ran):
+    """A kernel, a product and a fusion for the scales: every array is written and read once."""
+    kernel_ran("quantized_matmul", "mosaic_gpu", name, chip(target))
+    from jaxinfer.kernels.quantized_matmul_gpu import quantized_matmul
+
+    case = cases.REAL_PRODUCTS[f"llama-3.1-8b qkv, prefill 4096, {name}"]
+    product = partial(quantized_matmul, gpu=GPUS[target])
+    report = compile_for(target, product, *arguments(case, target), options=LIBRARY)
+    assert sum(report.kernels.values()) == 1
+    assert report.custom_calls == {library: 1}
+    assert not report.copies
+    assert not report.warnings
+    sums = (2 if name == "fp8" else 4) * case.num_tokens * case.F
+    values, out = case.num_tokens * case.D, 2 * case.num_tokens * case.F
+    least = 2 * values + 2 * values + case.D * case.F + 2 * sums + out
+    assert report.hbm_bytes < 1.03 * least
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("fp8", 8192), ("fp8", 18944), ("int8", 14336), ("int8", 18432)]
+)
+@pytest.mark.parametrize("target", [H100, H200, B200])
+def test_numbers_of_a_token_stay_in_registers(width, name, target):
+    from jaxinfer.kernels import quantize_gpu
+
+    x_TD, sums_TWF, scale_T1, scale_WF = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
-            ((64, 2, width), "bfloat16"), ((64, 1), "float32"), ((2, width), "float32")
+            ((65, width), "bfloat16"), ((65, 2, width), "bfloat16" if name == "fp8" else "int32"),
+            ((65, 1), "float32"), ((2, width), "float32"),
         )
     )  # fmt: skip
-    from jaxinfer.kernels.gated_quantize_gpu import gated_quantize, refusal
-
-    assert refusal(sums, "fp8") is None
-    kernel = partial(gated_quantize, activation="silu")
-    report = compile_for(target, kernel, sums, scale_T1, scale_WF)
-    assert len(report.kernels) == 1
-    assert not report.warnings
+    gated = partial(quantize_gpu.gated_quantize, activation="silu", name=name)
+    plain = partial(quantize_gpu.quantize_activations, name=name)
+    for kernel, given in ((plain, (x_TD,)), (gated, (sums_TWF, scale_T1, scale_WF))):
+        assert quantize_gpu.refusal(given[0], name, GPUS[target]) is None
+        report = compile_for(target, kernel, *given)
+        assert sum(report.kernels.values()) == 1
+        assert not report.warnings

@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from jaxinfer.aot.hlo import parse
 from jaxinfer.aot.report import read
+from jaxinfer.configs import find_chip
 from jaxinfer.kernels import cases, timing, workloads
 from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
@@ -82,19 +83,35 @@ def feed_forward(multiply: Callable[..., Array], x_TD: Array, gate_up: Any, down
     return x_TD
 
 
-def feed_forward_in_one_pass(x_TD: Array, gate_up: Quantized, down: Quantized) -> Array:
-    """The same layers with a kernel between the two products."""
-    from jaxinfer.kernels.gated_quantize_gpu import gated_quantize
+def feed_forward_in_one_pass(
+    quantize_first: Callable[..., Any], x_TD: Array, gate_up: Quantized, down: Quantized
+) -> Array:
+    """The same layers with a kernel between the two products; `quantize_first`: of activations,
+    before the first."""
+    from jaxinfer.kernels.quantize_gpu import gated_quantize
 
     scale_D = jnp.ones(x_TD.shape[1], x_TD.dtype)
     for _ in range(LAYERS):
-        x, scale_T1 = quantize_activations(rms_norm(x_TD, scale_D[None], 1e-5), gate_up.format)
+        x, scale_T1 = quantize_first(rms_norm(x_TD, scale_D[None], 1e-5), gate_up.format)
         sums_TWF = product(x, gate_up.values).reshape(len(x), 2, -1)
         scale_WF = gate_up.scales.reshape(2, -1)
-        hidden, scale_T1 = gated_quantize(sums_TWF, scale_T1, scale_WF, activation="silu")
+        hidden, scale_T1 = gated_quantize(
+            sums_TWF, scale_T1, scale_WF, activation="silu", name=down.format
+        )
         out_TD = product(hidden, down.values).astype(jnp.float32) * scale_T1 * down.scales
         x_TD = x_TD + out_TD.astype(x_TD.dtype)
     return x_TD
+
+
+def with_kernels() -> Callable[..., Array] | None:
+    """`quantized_matmul` with this GPU's kernel; None where there is no such GPU."""
+    chip = find_chip(jax.devices()[0].device_kind)
+    if chip is None or chip.gpu is None or jax.__version_info__ < GPU_NEEDS_JAX:
+        return None
+    from jaxinfer.kernels import quantized_matmul_gpu
+    from jaxinfer.kernels.gpu import Gpu
+
+    return partial(quantized_matmul_gpu.quantized_matmul, gpu=Gpu.of(chip))
 
 
 def made_of(text: str) -> str:
@@ -138,6 +155,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="of qkv, out, gate_up, down, chain")
     args = parser.parse_args()
     platform, name, T = jax.default_backend(), args.format, args.tokens
+    kernels = with_kernels()
     sizes = {key: (D // args.shrink, F // args.shrink) for key, (D, F) in cases.LAYER.items()}
     ceilings = timing.ceilings(platform)
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", ceilings, flush=True)
@@ -154,17 +172,19 @@ def main() -> None:
         want, _ = measure(
             f"{key} {D}x{F}, bfloat16", linear, x_TD, weight_FD, flops=flops, ceiling=wide
         )
-        found, _ = measure(
-            f"{key} {D}x{F}, {name} whole", quantized_matmul, x_TD, weight, flops=flops,
-            ceiling=narrow,
-        )  # fmt: skip
-        far = workloads.difference(found, want)
+        for words, multiply in (("by XLA", quantized_matmul), ("whole", kernels)):
+            if multiply is not None:
+                found, _ = measure(
+                    f"{key} {D}x{F}, {name} {words}", multiply, x_TD, weight, flops=flops,
+                    ceiling=narrow,
+                )  # fmt: skip
+                far = workloads.difference(found, want)
+                print(f"    differs from bfloat16 by {far:.2%} of the largest", flush=True)
         x, _ = jax.jit(partial(quantize_activations, name=name))(x_TD)
         measure(
             f"{key} {D}x{F}, {name} product", product, x, weight.values, flops=flops,
             ceiling=narrow,
         )  # fmt: skip
-        print(f"    {name} differs from bfloat16 by {far:.2%} of the largest", flush=True)
     if "chain" in (args.only or ["chain"]):
         flops = LAYERS * 2 * T * sum(D * F for D, F in (sizes["gate_up"], sizes["down"]))
         for words, multiply, which, ceiling in (
@@ -176,13 +196,20 @@ def main() -> None:
                 f"feed-forward x{LAYERS}, {words}", chain, made["out"][0], *weights, flops=flops,
                 ceiling=ceiling,
             )  # fmt: skip
-        if platform == "gpu" and name == "fp8" and jax.__version_info__ >= GPU_NEEDS_JAX:
-            found, _ = measure(
-                f"… {name} with a kernel between", feed_forward_in_one_pass, made["out"][0],
-                *weights, flops=flops, ceiling=narrow,
-            )  # fmt: skip
-            far = workloads.difference(found, want)
-            print(f"    differs from the line above by {far:.2%} of the largest", flush=True)
+        if kernels is not None:
+            from jaxinfer.kernels import quantize_gpu
+
+            for words, first in (
+                ("a kernel between", quantize_activations),
+                ("kernels for both", quantize_gpu.quantize_activations),
+            ):
+                chain = partial(feed_forward_in_one_pass, first)
+                found, _ = measure(
+                    f"… {name}, {words}", chain, made["out"][0], *weights, flops=flops,
+                    ceiling=narrow,
+                )  # fmt: skip
+                far = workloads.difference(found, want)
+                print(f"    differs from {name} above by {far:.2%} of the largest", flush=True)
 
 
 if __name__ == "__main__":
