@@ -30,8 +30,8 @@ from jaxinfer.shapes import dims
 
 # Slots of a part of a context: so many that merging costs little.  If there are so few rows that
 # they would not keep a chip busy, a fraction of that, down to this one.
-SHORTEST_PART = 1024
-SMALLEST_FRACTION = 1 / 4
+SHORTEST_PART = 2048
+SMALLEST_FRACTION = 1 / 8
 # Computing warpgroups; three of them were slower on H100, also where pages must be converted.
 GROUPS = 2
 
@@ -203,9 +203,10 @@ def _attend_single(
     begin_B = _begin(kv_lens_B - 1, problem, tiling)
     span_B = kv_lens_B - begin_B
     # A long row alone should keep the chip busy; more parts than that cost their begin and end.
-    most = min(max(gpu.multiprocessors // problem.K, 1), 64)
+    items = problem.K // tiling.heads(problem)  # of each part
+    most = min(max(gpu.multiprocessors // items, 1), 64)
     part_B = -(-span_B // (most * tiling.block)) * tiling.block
-    busy = max(min(B * problem.K / gpu.multiprocessors, 1), SMALLEST_FRACTION)
+    busy = max(min(B * items / gpu.multiprocessors, 1), SMALLEST_FRACTION)
     shortest = int(SHORTEST_PART * 2 ** math.ceil(math.log2(busy)))
     part_B = jnp.maximum(part_B, shortest)
     # Room for every page of the pool once.  Only rows that share many pages need more: the parts

@@ -3,7 +3,7 @@
 A block of threads takes one item of work after the other, an item being a tile of queries of one KV
 head and a range of slots.  One warpgroup loads blocks of slots, page by page, into a ring in shared
 memory; the others compute.  Either each has queries of its own and all see every block, or
-(`Tiling.split`) all have the same queries and take turns at the blocks.
+(`Tiling.split`) they take turns at the blocks, each at those of a KV head of its own if it can be.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
     p, t = problem, tiling
     ring = columns_at_once(p.width) if p.quantized else p.width  # converted piece by piece
     copies = (4 if p.quantized else 2) * (t.block // min(t.block, p.S))
-    queries = QUERY_STAGES if t.split else t.groups
+    queries, heads = QUERY_STAGES if t.split else t.groups, t.heads(p)
     types = dict(
-        q_smem=tiled((queries, t.rows, p.H), p.operand, p.swizzled),
+        q_smem=tiled((queries * heads, t.rows, p.H), p.operand, p.swizzled),
         k_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         v_smem=tiled((t.stages, t.block, p.width), p.stored, ring),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
         free=plgpu.Barrier(num_arrivals=1 if t.split else t.groups, num_barriers=t.stages),
-        q_full=plgpu.Barrier(num_barriers=queries),
+        q_full=plgpu.Barrier(num_arrivals=heads, num_barriers=queries),
     )
     if p.quantized:
         types |= dict(
@@ -51,7 +51,7 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
     if t.split:
         # Small parts leave as a whole, others a few columns at a time, the fewer the less room.
         crowded = p.H % 32 == 0 and t.rows > 64
-        columns = 32 if crowded else p.H if t.rows <= 16 else columns_at_once(p.H)
+        columns = 32 if crowded else p.H if t.small else columns_at_once(p.H)
         types |= dict(
             q_free=plgpu.Barrier(num_arrivals=t.groups, num_barriers=queries),
             acc_smem=unit.room(t.groups, t.rows, columns),
@@ -87,10 +87,11 @@ def attend(
 
     q: of dtype `problem.operand`; if split `[T, K, padded G, H]`, else `[tiles, K, groups, rows,
         H]`, a tile's (token, head) pairs end to end.  sinks: `[K, rows]`, in base 2; not if split.
-    Returns, if split, parts of results: sums of weighted values `[items, K, groups, padded G, H]`
-    and `[items, K, groups, 2, rows]`, the maxima (base 2) that the weights are relative to and the
-    sums of the weights, all float32; else results `[items, K, groups, rows, H]` in q's dtype,
-    of the tile's queries that are the row's, at the sum of the row and the tile.
+    Returns, if split, parts of results: sums of weighted values `[items, K, parts, padded G, H]`
+    and `[items, K, parts, 2, rows]`, the maxima (base 2) that the weights are relative to and the
+    sums of the weights, all float32, a part for each group that has no head of its own.  Else
+    results `[items, K, groups, rows, H]` in q's dtype, of the tile's queries that are the row's, at
+    the sum of the row and the tile.
     """
     p, t = problem, tiling
     # A page in pieces of at most a block: the copy engine takes whole pieces.
@@ -104,7 +105,7 @@ def attend(
     inputs |= dict(table=page_table_BM, work=work, count=count)
     if sinks is not None:
         inputs |= dict(sinks=sinks)
-    lead = (work.shape[0], p.K, t.groups)
+    lead = (work.shape[0], p.K, t.groups // t.heads(p))
     if t.split:
         out_type = [
             jax.ShapeDtypeStruct((*lead, p.padded, p.H), jnp.float32),

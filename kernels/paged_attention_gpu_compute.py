@@ -51,25 +51,28 @@ class Computer(Worker):
         p, t, work = self.p, self.t, self.inputs["work"]
         self.position, self.kv_len = work[item.index, POSITION], work[item.index, KV_LEN]
         begin, blocks, before = work[item.index, BEGIN], item.blocks, item.before
+        heads = t.heads(p)
 
         def take(n, carry):
             slot = rem(before + n, t.stages)
             plgpu.barrier_wait(self.scratch["full"].at[slot])
-            carry = self._fold(carry, slot, begin + n * t.block)
+            carry = self._fold(carry, slot, begin + div(n, heads) * t.block)
             plgpu.barrier_arrive(self.scratch["free"].at[slot])
             return carry
 
         if t.split:
-            self.q_ref = self.scratch["q_smem"].at[item.queries]
             plgpu.barrier_wait(self.scratch["q_full"].at[item.queries])
-            # Each has places of its own in the ring, and meets them in turn.
+            # Each has places of its own in the ring, and meets them in turn.  They hold blocks of
+            # its own head, if it has one: then those before were as many of each.
             first = rem(self.group + t.groups - rem(before, t.groups), t.groups)
+            mine = rem(first, heads)
+            self.q_ref = self.scratch["q_smem"].at[item.queries * heads + mine]
             turns = div(blocks - first + t.groups - 1, t.groups)
             carry = lax.fori_loop(
                 0, turns, lambda n, carry: take(first + n * t.groups, carry), self._start()
             )
             plgpu.barrier_arrive(self.scratch["q_free"].at[item.queries])
-            self._store_part(carry, item, first)
+            self._store_part(carry, item.index, item.head + mine, div(first, heads))
         else:
             self._load_queries(item)
 
@@ -249,7 +252,8 @@ class Computer(Worker):
         place = self.inputs["work"][item.index, ROW] + self.inputs["work"][item.index, TILE]
         plgpu.copy_smem_to_gmem(self.q_ref, self.outs[0].at[place, item.head, self.group])
 
-    def _store_part(self, carry, item: Item, part: Array) -> None:
+    def _store_part(self, carry, *place: Array) -> None:
+        """place: the item, the head and the part."""
         acc, peak, total = carry
         if self.unit.SUMS_LATE:
             total = total.sum(axis=1)
@@ -263,6 +267,6 @@ class Computer(Worker):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.unit.leave(self.unit.columns(acc, at, step) * (1 / self.p.lift), acc_ref)
             plgpu.commit_smem()
-            target = self.outs[0].at[item.index, item.head, part, :, pl.ds(at, step)]
+            target = self.outs[0].at[*place, :, pl.ds(at, step)]
             plgpu.copy_smem_to_gmem(acc_ref.at[pl.ds(0, self.p.padded)], target)
-        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[item.index, item.head, part])
+        plgpu.copy_smem_to_gmem(stat_ref, self.outs[1].at[*place])

@@ -98,6 +98,17 @@ class Tiling:
         """Query positions in the tile of a warpgroup."""
         return 1 if self.split else self.rows // problem.G
 
+    @property
+    def small(self) -> bool:
+        """Whether there is room in shared memory for further tiles, of queries and of results."""
+        return self.rows <= 16
+
+    def heads(self, problem: Problem) -> int:
+        """KV heads of an item.  If rows are split, small tiles are of as many heads as there are
+        warpgroups, one for each; of a head that they share, each would leave a part."""
+        own = self.split and self.small and problem.K % self.groups == 0
+        return self.groups if own else 1
+
 
 def div(x: Any, y: int) -> Array:
     return lax.div(jnp.asarray(x, jnp.int32), jnp.int32(y))
@@ -109,8 +120,8 @@ def rem(x: Any, y: int) -> Array:
 
 @dataclass(frozen=True)
 class Item:
-    """An item of work and a KV head: the how many-th it is here, its row in the table, how many
-    blocks it has, and how many came before."""
+    """An item of work and its KV heads: the how many-th it is here, its row in the table, the first
+    head, how many blocks all of them have, and how many came before."""
 
     number: Array
     index: Array
@@ -138,17 +149,19 @@ class Worker:
         """Call `visit` for each item in turn; returns how many items and how many blocks were."""
         here, stride = lax.axis_index("multiprocessor"), self.multiprocessors
         count, work = self.inputs["count"][0], self.inputs["work"]
+        heads = self.t.heads(self.p)
+        across = self.p.K // heads
 
         def turn(n, before):
             index = here + n * stride
-            item, head = div(index, self.p.K), rem(index, self.p.K)
+            item, head = div(index, across), rem(index, across) * heads
             if not self.t.split:
                 item = count - 1 - item  # the last tiles of a prompt take longest: they go first
             blocks = div(work[item, END] - work[item, BEGIN] + self.t.block - 1, self.t.block)
-            visit(Item(n, item, head, blocks, before))
-            return before + blocks
+            visit(Item(n, item, head, blocks * heads, before))
+            return before + blocks * heads
 
-        turns = div(count * self.p.K - here + stride - 1, stride)
+        turns = div(count * across - here + stride - 1, stride)
         return turns, lax.fori_loop(0, turns, turn, jnp.int32(0))
 
 
@@ -175,7 +188,7 @@ class Loader(Worker):
 
     def _load_item(self, item: Item) -> None:
         p, t, work, scratch = self.p, self.t, self.inputs["work"], self.scratch
-        piece = min(t.block, p.S)
+        piece, heads = min(t.block, p.S), t.heads(p)
         row, begin = work[item.index, ROW], work[item.index, BEGIN]
         last = div(work[item.index, KV_LEN] - 1, p.S)
         if t.split:
@@ -185,11 +198,12 @@ class Loader(Worker):
             slot = rem(item.before + n, t.stages)
             reused = item.before + n >= t.stages
             pl.when(reused)(lambda: plgpu.barrier_wait(scratch["free"].at[slot]))
+            head = item.head + rem(n, heads)
             for at in range(0, t.block, piece):
-                first = begin + n * t.block + at
+                first = begin + div(n, heads) * t.block + at
                 # Past the row's end anything will do that has been written or will be masked.
                 page = self.inputs["table"][row, jnp.minimum(div(first, p.S), last)]
-                source = (page * p.K + item.head) * (p.S // piece) + div(rem(first, p.S), piece)
+                source = (page * p.K + head) * (p.S // piece) + div(rem(first, p.S), piece)
                 for name in ("k", "v", "k_scale", "v_scale")[: 4 if p.quantized else 2]:
                     target = scratch[f"{name}_smem"].at[slot, pl.ds(at, piece)]
                     plgpu.copy_gmem_to_smem(
@@ -204,6 +218,8 @@ class Loader(Worker):
         pl.when(item.number >= QUERY_STAGES)(
             lambda: plgpu.barrier_wait(scratch["q_free"].at[place])
         )
-        source = self.inputs["q"].at[self.inputs["work"][item.index, TILE], item.head]
-        target = scratch["q_smem"].at[place, pl.ds(0, self.p.padded)]
-        plgpu.copy_gmem_to_smem(source, target, scratch["q_full"].at[place])
+        tile, heads = self.inputs["work"][item.index, TILE], self.t.heads(self.p)
+        for n in range(heads):
+            source = self.inputs["q"].at[tile, item.head + n]
+            target = scratch["q_smem"].at[place * heads + n, pl.ds(0, self.p.padded)]
+            plgpu.copy_gmem_to_smem(source, target, scratch["q_full"].at[place])
