@@ -29,31 +29,13 @@ from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.rows import Rows
+from jaxinfer.kernels.xla_options import compiler_options
 from jaxinfer.models import decoder
 from jaxinfer.sampling import Sampled, SamplingTable, sample
 from jaxinfer.scheduler import Limits
 from jaxinfer.shapes import Leaf
 
 logger = logging.getLogger(__name__)
-
-# A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
-# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
-GPU_OPTIONS: dict[str, str | bool] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
-}
-# From so many tokens on a GPU's products are the vendor's.  Triton's are faster when timed one by
-# one, but a step of them takes up to 5 % longer on H100, for they leave the addition of the
-# residual to a kernel of its own.
-VENDORS_FROM = 64
-
-
-def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool] | None:
-    """What XLA is to be told of a program for so many tokens; None: nothing."""
-    if platform != "gpu":
-        return None
-    if num_tokens < VENDORS_FROM:
-        return GPU_OPTIONS
-    return GPU_OPTIONS | {"xla_gpu_enable_triton_gemm": False}
 
 
 @struct.dataclass

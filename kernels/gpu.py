@@ -11,8 +11,8 @@ from jax import Array
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref, vector
 
 from jaxinfer.configs import Chip
 

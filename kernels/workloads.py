@@ -6,7 +6,7 @@ For what times kernels (`bench kernels`, `tuning`); nothing here is used by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -25,6 +25,7 @@ from jaxinfer.kernels.quantized import Quantized, bytes_of, format_of, quantize,
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool, write_pages
 from jaxinfer.kernels.write_pages import quantize as quantize_slots
+from jaxinfer.kernels.xla_options import compiler_options
 
 OPS = ("paged_attention", "write_pages", "quantized_matmul", "grouped_matmul")
 # Runs `op(*arguments)`; `write_pages` donates its first argument.
@@ -198,6 +199,38 @@ def _difference(one: Array, other: Array) -> Array:
     one, other = one.astype(jnp.float32), other.astype(jnp.float32)
     far = jnp.max(jnp.abs(one - other)) / jnp.maximum(jnp.max(jnp.abs(other)), 1e-30)
     return jnp.where(jnp.all(jnp.isfinite(one)) & jnp.all(jnp.isfinite(other)), far, jnp.inf)
+
+
+# -- how it is timed --------------------------------------------------------------------------
+
+# Calls of one program.
+CALLS = 8
+
+
+def in_one_program(
+    op: str, case: Any, call: Implementation, sets: Sequence[tuple[Any, ...]]
+) -> Callable[[], list[Any]]:
+    """Runs `CALLS` calls with the sets of arrays in turn, and returns their results; the first is
+    that of the first set.
+
+    As in a step: a call costs no dispatch, and what calls of attention compute of rows they share,
+    as layers do (the rows are those of the first set).  Not for `write_pages`.
+    """
+
+    # Different tokens: calls that repeat another XLA would leave out.
+    tokens = [sets[n % len(sets)][0] * (1 - n / 64) for n in range(CALLS)]
+    others = [one[1:] for one in sets]
+
+    def program(tokens: list[Array], others: list[tuple[Any, ...]]) -> list[Any]:
+        def rest(n: int) -> tuple[Any, ...]:
+            own, *rows = others[n % len(others)]
+            return own, *(others[0][1:] if op == "paged_attention" else rows)
+
+        return [call(tokens[n], *rest(n)) for n in range(CALLS)]
+
+    options: Any = compiler_options(jax.default_backend(), case.num_tokens)
+    compiled = jax.jit(program).lower(tokens, others).compile(compiler_options=options)
+    return lambda: compiled(tokens, others)
 
 
 # -- who can run it ---------------------------------------------------------------------------

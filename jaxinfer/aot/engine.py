@@ -172,7 +172,7 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
     import jax
 
     from jaxinfer.aot.compile import finish
-    from jaxinfer.step import compiler_options
+    from jaxinfer.kernels.xla_options import compiler_options
 
     step, weights, table = abstract_engine(targets.devices(target), workload, target.chip)
     limits, batch = step.limits, workload.batch

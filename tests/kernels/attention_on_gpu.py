@@ -15,13 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
-from jaxinfer.configs import find_chip
+from jaxinfer.configs import Chip, find_chip
 from jaxinfer.kernels import cases, timing, workloads
 from jaxinfer.kernels import paged_attention_gpu as attention
 from jaxinfer.kernels.gpu import Gpu
-from jaxinfer.step import GPU_OPTIONS
 from tests.kernels.ragged import Batch
 
 SCALE = 0.2
@@ -95,33 +93,22 @@ def _good(gpu: Gpu, name: str, case: cases.Case) -> bool:
     return said == "good"
 
 
-def microseconds(gpu: Gpu, case: cases.Case, calls: int = 8, **tilings: Any) -> float:
+def microseconds(chip: Chip, case: cases.Case, **tilings: Any) -> float:
     """Of one call among many of a step, in microseconds: what all layers share is done once."""
-    q, pool, rows, sinks = workloads.arguments("paged_attention", case)
-    kernel = partial(
-        attention.paged_attention, gpu=gpu, scale=case.H**-0.5, window=case.window,
-        soft_cap=case.soft_cap, sinks_KG=sinks, **tilings,
-    )  # fmt: skip
-
-    def layers(q: Array, pool: Any, rows: Any) -> Array:
-        x = q
-        for _ in range(calls):
-            x = q + kernel(x, pool, rows) * 0.01
-        return x
-
-    options: Any = GPU_OPTIONS
-    step = jax.jit(layers).lower(q, pool, rows).compile(compiler_options=options)
-    return timing.seconds_per_call(lambda _: step(q, pool, rows)) / calls * 1e6
+    op = "paged_attention"
+    call = workloads.implementation(op, case, "mosaic_gpu", chip, tilings)
+    program = workloads.in_one_program(op, case, call, [workloads.arguments(op, case)])
+    return timing.seconds_per_call(lambda _: program()) / workloads.CALLS * 1e6
 
 
-def report(gpu: Gpu) -> None:
+def report(chip: Chip) -> None:
     """Time, and its share of what copying the bytes or multiplying takes, of each case."""
     ceilings = timing.ceilings("gpu")
     print(jax.devices()[0].device_kind, ceilings, flush=True)
     for name, case in TIMED.items():
         num_bytes, flops = workloads.work("paged_attention", case)
         floor = ceilings.floor(num_bytes, flops) * 1e6
-        taken = microseconds(gpu, case)
+        taken = microseconds(chip, case)
         print(f"{name:48} {taken:9.1f} us, {floor / taken:6.1%} of {floor:.1f} us", flush=True)
 
 
@@ -129,8 +116,7 @@ if __name__ == "__main__":
     chip = find_chip(jax.devices()[0].device_kind)
     if chip is None or chip.gpu is None:
         sys.exit(f"no sheet in configs/hardware is of a {jax.devices()[0].device_kind}")
-    here = Gpu.of(chip)
-    found = failures(here)
+    found = failures(Gpu.of(chip))
     if "--check" not in sys.argv:
-        report(here)
+        report(chip)
     sys.exit(min(found, 100))

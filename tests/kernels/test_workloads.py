@@ -153,3 +153,23 @@ def test_every_name_that_is_timed_or_tuned_is_a_case():
                     assert case.single == (op == "quantized_matmul"), name
     with pytest.raises(ConfigError, match="no case 'x'"):
         workloads.case_of("write_pages", "x")
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("paged_attention", MIXED),
+        ("quantized_matmul", Product((8,), 64, 32, "int8", single=True)),
+        ("grouped_matmul", Product((3, 0, 5), 64, 32, None, "float32")),
+    ],
+)
+def test_a_program_makes_eight_calls_that_differ(op, case):
+    call = workloads.implementation(op, case, "reference", None)
+    sets = [workloads.arguments(op, case, seed) for seed in range(3)]
+    results = workloads.in_one_program(op, case, call, sets)()
+    assert len(results) == workloads.CALLS
+    assert workloads.difference(results[0], call(*sets[0])) < 0.01
+    tokens, own, *rest = sets[1]
+    rest = sets[0][2:] if op == "paged_attention" else rest
+    assert workloads.difference(results[4], call(tokens * (1 - 4 / 64), own, *rest)) < 0.01
+    assert len({np.asarray(result, np.float32).tobytes() for result in results}) == len(results)
