@@ -131,7 +131,7 @@ class Turned:
     come out transposed, and go through shared memory into rows; so do the weights on their way
     back.  A block takes two barriers, one after its scores and one after its weights were stored:
     whatever is stored in shared memory is loaded behind the next of them, and stored anew behind
-    the one after that.
+    the one after that.  A third keeps values that are converted early from the product before.
     """
 
     # Two rows a warp, four neighbours a thread.
