@@ -75,7 +75,7 @@ def scored(folder: str, prompts: list[list[int]], **engine: Any) -> Any:
     )  # fmt: skip
     limits = dict(max_batch_size=8, max_num_tokens=64, max_seq_len=1024, num_pages=200)
     with LLM(folder, dtype="bfloat16", skip_tokenizer_init=True, **limits, **engine) as llm:
-        outputs = llm.generate(prompts, params)
+        outputs: Any = llm.generate(prompts, params)
     for prompt, output in zip(prompts, outputs, strict=True):
         ids = output.outputs[0].token_ids
         entries = output.prompt_logprobs[1:] + output.outputs[0].logprobs
