@@ -115,6 +115,12 @@ def test_hopper_matches_a_plain_softmax(name, kernel_ran):
     check(cases.SMALL[name], HOPPER)
 
 
+def test_hopper_packed_keys_from_registers():
+    """Both halves of int4 in the order of the queries, by warpgroups with heads of their own."""
+    lens = ((1, 9), (1, 64), (1, 65), (1, 200))
+    check(cases.Case(lens, K=2, G=4, H=128, S=64, stored="uint8", sinks=True), HOPPER)
+
+
 @pytest.mark.parametrize(
     "name", ["chunk-1x4x80-page32-float8_e4m3fn", "tokens-1x4x96-page64-bfloat16-cap-sinks"]
 )
