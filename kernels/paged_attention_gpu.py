@@ -4,8 +4,9 @@ Two kernels share the work.  Rows of one token are memory-bound: the G query hea
 one tile of the matrix unit (what NVIDIA calls XQA), each page is read once, and a long context is
 split over multiprocessors, whose parts a third, small kernel merges in a fixed order.  Rows of many
 tokens are compute-bound: tiles of (token, head) pairs walk over the pages as in FlashAttention-3
-(arXiv:2407.08608).  How a row is split depends on the row alone, so its result does not depend on
-the company it is in.
+(arXiv:2407.08608).  How a row is split depends on its length and on how many rows the program has
+room for, not on the other rows: its result does not depend on the company it is in (but where rows
+share so many pages that their parts have no room).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 from jaxinfer.shapes import dims
 
-# Slots of a part of a context: so many that merging costs little.  If there are so few rows that
-# they would not keep a chip busy, a fraction of that, down to this one.
+# Slots of a part of a context: so many that merging costs little.  If a program has room for so few
+# rows that they would not keep a chip busy, a fraction of that, down to this one.
 SHORTEST_PART = 2048
 SMALLEST_FRACTION = 1 / 8
 # Computing warpgroups; three of them were slower on H100, also where pages must be converted.
@@ -133,7 +134,9 @@ def paged_attention(
     name of its sheet), else `choose_tiling` decides.
 
     scale is positive.  Weights are rounded to bfloat16 before they meet the values; over quantised
-    pages queries and weights are float16, with their larger magnitudes clipped.
+    pages queries and weights are float16, with their larger magnitudes clipped, and results of rows
+    of many tokens pass through it.  Values of 0.01 and more are then weighed more precisely than in
+    bfloat16, those of 1e-4 to 1 %.
     """
     if scale <= 0:
         raise ConfigError(f"scale={scale} is not positive: negate the queries instead")

@@ -49,9 +49,9 @@ def scratch_types(problem: Problem, tiling: Tiling, unit: Any) -> dict[str, Any]
             wide_smem=tiled((t.groups, t.block, p.H), p.operand, p.swizzled),
         )
     if t.split:
-        # Small parts leave as a whole, others a few columns at a time, the fewer the less room.
+        # Parts leave a few columns at a time, the fewer the less room there is.
         crowded = p.H % 32 == 0 and t.rows > 64
-        columns = 32 if crowded else p.H if t.small else columns_at_once(p.H)
+        columns = 32 if crowded else columns_at_once(p.H)
         types |= dict(
             q_free=plgpu.Barrier(num_arrivals=t.groups, num_barriers=queries),
             acc_smem=unit.room(t.groups, t.rows, columns),

@@ -100,7 +100,7 @@ class Tiling:
 
     @property
     def small(self) -> bool:
-        """Whether there is room in shared memory for further tiles, of queries and of results."""
+        """Whether there is room in shared memory for further tiles of queries."""
         return self.rows <= 16
 
     def heads(self, problem: Problem) -> int:

@@ -216,21 +216,30 @@ def in_one_program(
     As in a step: a call costs no dispatch, and what calls of attention compute of rows they share,
     as layers do (the rows are those of the first set).  Not for `write_pages`.
     """
-
     # Different tokens: calls that repeat another XLA would leave out.
     tokens = [sets[n % len(sets)][0] * (1 - n / 64) for n in range(CALLS)]
     others = [one[1:] for one in sets]
-
-    def program(tokens: list[Array], others: list[tuple[Any, ...]]) -> list[Any]:
-        def rest(n: int) -> tuple[Any, ...]:
-            own, *rows = others[n % len(others)]
-            return own, *(others[0][1:] if op == "paged_attention" else rows)
-
-        return [call(tokens[n], *rest(n)) for n in range(CALLS)]
-
     options: Any = compiler_options(jax.default_backend(), case.num_tokens)
-    compiled = jax.jit(program).lower(tokens, others).compile(compiler_options=options)
+    program = jax.jit(partial(calls, op, call))
+    compiled = program.lower(tokens, others).compile(compiler_options=options)
     return lambda: compiled(tokens, others)
+
+
+def calls(
+    op: str, call: Implementation, tokens: list[Array], others: list[tuple[Any, ...]]
+) -> list[Any]:
+    """A call for each array of tokens, with the other arguments of each set in turn."""
+
+    def one(n: int) -> Any:
+        own, *rest = others[n % len(others)]
+        if op == "paged_attention":
+            rest = others[0][1:]
+        # Layers have weights of their own.  Products with the same one XLA would make a single
+        # one, and convert what they share once.
+        x, own = lax.optimization_barrier((tokens[n], own))
+        return call(x, own, *rest)
+
+    return [one(n) for n in range(len(tokens))]
 
 
 # -- who can run it ---------------------------------------------------------------------------

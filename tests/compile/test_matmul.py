@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxinfer.aot import compile_for
 from jaxinfer.aot import target as targets
 from jaxinfer.configs import load_chip
-from jaxinfer.kernels import cases, grouped_matmul_gpu, grouped_matmul_tpu
+from jaxinfer.kernels import cases, grouped_matmul_gpu, grouped_matmul_tpu, workloads
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.quantized import FORMATS, Quantized, bytes_of, values_layout
 from jaxinfer.kernels.quantized_matmul import as_one_group, quantized_matmul
@@ -178,6 +178,25 @@ def test_8_bit_products_take_weights_as_they_lie(name, library, factors, target,
     assert not report.custom_calls
     assert {one.partition(" -> ")[0] for one in report.products} == {factors}
     assert not report.copies
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_block"])
+@pytest.mark.parametrize("target", ["v6e:1", "h200:1"])
+def test_calls_that_are_timed_together_stay_calls(target, name):
+    """XLA would multiply with a weight once, for all calls that have it, and convert it once."""
+    case = dense(name)
+    x, weight = arguments(case, target)
+    reports = [
+        compile_for(
+            target, partial(workloads.calls, "quantized_matmul", quantized_matmul),
+            [x] * calls, [(weight,)], options=None if target in VMEM else LIBRARY,
+        )
+        for calls in (1, 4)
+    ]  # fmt: skip
+    one, four = (report.hbm_bytes for report in reports)
+    assert four > 3.9 * one
+    if target not in VMEM:
+        assert reports[1].custom_calls == {"__cublas$lt$matmul": 4}
 
 
 @pytest.mark.parametrize("target", ["h100:1", "h200:1"])

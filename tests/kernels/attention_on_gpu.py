@@ -25,6 +25,20 @@ from tests.kernels.ragged import Batch
 SCALE = 0.2
 CLOSE = 2e-2  # as under the interpreter
 GROUP8 = dict(K=8, G=8, H=128, S=64)
+# Contexts of several parts, the last one of few slots.
+PARTED = {
+    f"parted, {stored}, {window}": cases.Case(
+        ((1, 700), (1, 2), (1, 2600), (9, 1100)),
+        K=2,
+        G=4,
+        H=128,
+        S=64,
+        stored=stored,
+        window=window,
+    )
+    for stored in ("bfloat16", "float8_e4m3fn", "int8", "uint8")
+    for window in (None, 1500)
+}
 # 256 MiB of keys and values and more, by few rows and by many.
 LONG = {
     "8x8x128, 128 x 512": cases.Case(((1, 512),) * 128, **GROUP8),
@@ -62,7 +76,7 @@ def failures(gpu: Gpu) -> int:
     """How many of the small cases come out wrong, or change from one run to the next, or with the
     rows beside a row."""
     wrong = 0
-    for name, case in cases.SMALL.items():
+    for name, case in (cases.SMALL | PARTED).items():
         q_TKGH, pool, _ = cases.abstract(case)
         if attention.why_not(gpu, q_TKGH, pool) is None:
             wrong += not _good(gpu, name, case)

@@ -115,6 +115,12 @@ def test_hopper_matches_a_plain_softmax(name, kernel_ran):
     check(cases.SMALL[name], HOPPER)
 
 
+def test_hopper_packed_keys_from_registers():
+    """Both halves of int4 in the order of the queries, by warpgroups with heads of their own."""
+    lens = ((1, 9), (1, 64), (1, 65), (1, 200))
+    check(cases.Case(lens, K=2, G=4, H=128, S=64, stored="uint8", sinks=True), HOPPER)
+
+
 @pytest.mark.parametrize(
     "name", ["chunk-1x4x80-page32-float8_e4m3fn", "tokens-1x4x96-page64-bfloat16-cap-sinks"]
 )
@@ -154,6 +160,43 @@ def test_a_ring_fits_wherever_nothing_is_refused(gpu):
         problem = Problem(case.K, case.G, case.H, case.S, case.stored, SCALE, None, None)
         for split in (True, False):
             assert attention.choose_tiling(gpu, problem, split=split).stages > 1
+
+
+@pytest.mark.parametrize(
+    ("H", "stored", "stages"),
+    [(128, "bfloat16", 6), (192, "bfloat16", 4), (256, "int8", 4), (256, "uint8", 6)],
+)
+def test_tiles_of_two_heads_leave_the_ring_its_room(H, stored, stages):
+    """With two places, a warpgroup would wait for each of its blocks."""
+    problem = Problem(8, 8, H, 64, stored, SCALE, None, None)
+    tiling = attention.choose_tiling(HOPPER, problem, split=True)
+    assert tiling.heads(problem) == 2
+    assert tiling.stages == stages
+
+
+def columns_of_threads(layout):
+    """Which columns of sixteen a thread holds in row 0, in the order of its registers."""
+    place = np.arange(64 * 16).reshape(64, 16)
+    for tile in layout.tiling.tiles:
+        lead, rest = place.shape[: -len(tile)], place.shape[-len(tile) :]
+        pairs = [size for n, each in zip(rest, tile, strict=True) for size in (n // each, each)]
+        order = [*range(0, 2 * len(tile), 2), *range(1, 2 * len(tile), 2)]
+        axes = [*range(len(lead)), *(len(lead) + n for n in order)]
+        place = place.reshape(*lead, *pairs).transpose(axes)
+    lanes = np.moveaxis(place, layout.lane_dims, range(len(layout.lane_dims)))
+    lanes = lanes.reshape(32, -1)
+    return [[at for at in lane if at < 16] for lane in lanes if (lane < 16).any()]
+
+
+def test_queries_have_the_order_of_keys_in_registers():
+    """`four_as_two_and_two` moves nothing: what it is given as one layout, it calls another."""
+    given, taken = (
+        columns_of_threads(layout.to_mgpu()) for layout in (units.Turned.KEYS, plgpu.Layout.WGMMA)
+    )
+    order = np.empty(16, int)
+    for ours, theirs in zip(given, taken, strict=True):
+        order[theirs] = ours
+    np.testing.assert_array_equal(units.exchanged(jnp.arange(16)), order)
 
 
 def test_heads_for_which_there_is_no_ring_are_refused():
