@@ -1,6 +1,7 @@
 """Compares the kernel of grouped products with float64 on the GPU at hand, case by case:
 
-    python -m tests.kernels.grouped_on_gpu
+    python -m tests.kernels.grouped_on_gpu                # all formats, some minutes
+    python -m tests.kernels.grouped_on_gpu bfloat16 fp8   # these
 
 Prints a line for each case; the exit code counts those that failed.
 """
@@ -26,7 +27,7 @@ GROUPS = [*cases.GROUPS.values(), (300, 0, 1, 90, 512), (0, 700)]
 D, F = 512, 384
 
 
-def failures(gpu: Gpu, names: tuple[str | None, ...] = (None, *FORMATS)) -> int:
+def failures(gpu: Gpu, names: tuple[str | None, ...]) -> int:
     """How many combinations of groups and format come out wrong; prints all."""
     wrong = 0
     for name in names:
@@ -53,4 +54,5 @@ if __name__ == "__main__":
     chip = find_chip(jax.devices()[0].device_kind)
     if chip is None or chip.gpu is None:
         sys.exit(f"no sheet in configs/hardware is of a {jax.devices()[0].device_kind}")
-    sys.exit(min(failures(Gpu.of(chip)), 100))
+    asked = tuple(None if name == "bfloat16" else name for name in sys.argv[1:])
+    sys.exit(min(failures(Gpu.of(chip), asked or (None, *FORMATS)), 100))
