@@ -32,6 +32,16 @@ class Gpu:
         major, minor = chip.gpu.compute_capability.rstrip("a").split(".")
         return cls((int(major), int(minor)), chip.gpu.sm_count, chip.gpu.shared_memory_per_block)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why no kernel is for such a chip; None if there are some.
+
+        To be asked before lowering: for chips that it does not know, Mosaic GPU ends the process.
+        """
+        if self.capability in {(9, 0), (10, 0)}:
+            return None
+        return f"compute capability {self.capability} has neither wgmma nor tcgen05"
+
 
 def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Array:
     """What a reference holds, in registers; `optimized`: refuse to do it slowly."""

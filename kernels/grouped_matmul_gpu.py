@@ -133,13 +133,10 @@ def check_blocks(blocks: Blocks, weight: Any, gpu: Gpu) -> None:
 
 
 def refusal(x_TD: Any, weight: Any, gpu: Gpu) -> str | None:
-    """Why the kernel is not for these arrays on such a chip; None if it is.
-
-    To be asked before lowering: for chips that it does not know, Mosaic GPU ends the process.
-    """
+    """Why the kernel is not for these arrays on such a chip; None if it is."""
     _, D, F = weight.shape
-    if gpu.capability not in {(9, 0), (10, 0)}:
-        return f"compute capability {gpu.capability} has neither wgmma nor tcgen05"
+    if gpu.refusal:
+        return gpu.refusal
     if x_TD.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16 activations, not {x_TD.dtype}"
     if not isinstance(weight, Quantized) and weight.dtype != jnp.bfloat16:

@@ -23,7 +23,12 @@ from jaxinfer.kernels import blocks as tuned
 from jaxinfer.kernels import paged_attention_gpu_body as body
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.paged_attention_gpu_merge import merge
-from jaxinfer.kernels.paged_attention_gpu_units import UNITS, choose_unit, exchanged
+from jaxinfer.kernels.paged_attention_gpu_units import (
+    UNITS,
+    choose_unit,
+    exchanged,
+    keys_in_registers,
+)
 from jaxinfer.kernels.paged_attention_gpu_work import FLOAT16_LARGEST, LOG2E, Problem, Tiling
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool
@@ -38,15 +43,12 @@ GROUPS = 2
 
 
 def why_not(gpu: Gpu, q_TKGH: Array, pool: Pool) -> str | None:
-    """What keeps these kernels from these arguments on this chip; None if nothing does.
-
-    To be asked before lowering: the compiler ends the process on chips that it does not know.
-    """
+    """What keeps these kernels from these arguments on this chip; None if nothing does."""
     sizes = dims(q_TKGH=q_TKGH, pool_PKSH=pool)
     stored = jnp.dtype(pool.k_PKSH.dtype)
     quantized = stored.name in LARGEST
-    if gpu.capability not in {(9, 0), (10, 0)}:
-        return f"compute capability {gpu.capability} has neither wgmma nor tcgen05"
+    if gpu.refusal:
+        return gpu.refusal
     if q_TKGH.dtype != jnp.bfloat16:
         return f"queries are {q_TKGH.dtype}, not bfloat16"
     if stored != jnp.bfloat16 and not quantized:
@@ -94,7 +96,7 @@ def check_tiling(tiling: Tiling, gpu: Gpu, problem: Problem, *, split: bool) -> 
     unit, rows = choose_unit(gpu, problem, split=split)
     whole = tiling.block in (64, 128) and tiling.stages >= 2 and tiling.groups in (1, GROUPS)
     owned = not split or tiling.stages % tiling.groups == 0
-    converted = problem.quantized and unit.KEYS is not None  # the keys of a block, in registers
+    converted = keys_in_registers(problem, unit)
     needed = body.shared_bytes(problem, tiling, unit) if whole else 0
     # A thread's registers hold its share of the sums and of a block's scores, both float32.
     registers = (problem.H + tiling.block) * rows // 128
@@ -229,7 +231,7 @@ def _attend_single(
     # Rows of one token come first, and so do their tokens.
     q = jnp.pad(q_TKGH[:B], [(0, 0), (0, 0), (0, problem.padded - problem.G), (0, 0)])
     unit, _ = choose_unit(gpu, problem, split=True)
-    if problem.quantized and unit.KEYS is not None:
+    if keys_in_registers(problem, unit):
         q = exchanged(q)
     acc, stat = body.attend(
         q, pool, rows.page_table_BM, work, count, None, problem=problem, tiling=tiling, unit=unit,

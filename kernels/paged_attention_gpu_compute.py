@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer.kernels.gpu import float16_of_bytes, load, row_layout
-from jaxinfer.kernels.paged_attention_gpu_units import full, over_columns
+from jaxinfer.kernels.paged_attention_gpu_units import full, keys_in_registers, over_columns
 from jaxinfer.kernels.paged_attention_gpu_work import (
     BEGIN,
     FIRST,
@@ -142,7 +142,9 @@ class Computer(Worker):
             weights = weights * lax.broadcast_in_dim(scale, weights.shape, [1])
         weights = weights.astype(p.operand)
         if p.quantized:
-            v_ref = self.wide_ref if self.early else self._widen(v_ref)
+            if not self.early:
+                self._widen(v_ref)
+            v_ref = self.wide_ref
         pl.when(written < self.t.block)(lambda: self._clear(v_ref, written))
         if p.quantized and not self.unit.COMMITS:
             plgpu.commit_smem()
@@ -152,7 +154,7 @@ class Computer(Worker):
     def early(self) -> bool:
         """Whether the place for converted values is free while scores are computed: keys are
         converted in registers then."""
-        return self.p.quantized and self.unit.KEYS is not None
+        return keys_in_registers(self.p, self.unit)
 
     @property
     def wide_ref(self) -> Any:
@@ -186,7 +188,7 @@ class Computer(Worker):
             float16_of_bytes(low, 8, layout), float16_of_bytes(high, 128, layout) * 0.0625
         ]  # fmt: skip
 
-    def _widen(self, ref: Any) -> Any:
+    def _widen(self, ref: Any) -> None:
         """Convert a block to `wide_ref`, before its scales; to be committed."""
         wide, step = self.wide_ref, columns_at_once(self.p.width)
         for at in range(0, self.p.width, step):
@@ -194,7 +196,6 @@ class Computer(Worker):
             for half, part in enumerate(parts):
                 part = plgpu.layout_cast(part, row_layout(step))  # as `_clear` relies on
                 wide[:, pl.ds(half * self.p.width + at, step)] = part
-        return wide
 
     def _clear(self, v_ref: Any, written: Array) -> None:
         """Zero the slots that nobody may see: a NaN would survive its zero weight.

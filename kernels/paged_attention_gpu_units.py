@@ -302,6 +302,11 @@ UNITS: dict[int, Any] = {9: Wgmma, 10: Tcgen05}
 FOR_FEW_ROWS: dict[int, Any] = {9: Turned}
 
 
+def keys_in_registers(p: Problem, unit: Any) -> bool:
+    """Whether a unit converts keys in registers, in the order in which `exchanged` has queries."""
+    return p.quantized and unit.KEYS is not None
+
+
 def choose_unit(gpu: Gpu, p: Problem, *, split: bool) -> tuple[Any, int]:
     """The unit for a problem on a chip, and the query rows of its tile."""
     major = gpu.capability[0]

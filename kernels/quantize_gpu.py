@@ -28,14 +28,11 @@ WIDEST = {"bfloat16": 148 * THREADS, "int32": 144 * THREADS}
 
 def refusal(numbers: Any, name: str, gpu: Gpu) -> str | None:
     """Why the kernels are not for `x_TD` or `sums_TWF`, abstract or not, and the format on such a
-    chip; None if they are.
-
-    To be asked before lowering: for chips that it does not know, Mosaic GPU ends the process.
-    """
+    chip; None if they are."""
     tokens, *between, width = numbers.shape
     takes = tuple(WIDEST) if between else ("bfloat16",)
-    if gpu.capability not in {(9, 0), (10, 0)}:
-        return f"Mosaic GPU is not for compute capability {gpu.capability}"
+    if gpu.refusal:
+        return gpu.refusal
     if not format_of(name).as_stored:
         return f"{name} has no activations with one scale for a token"
     if numbers.dtype not in takes:

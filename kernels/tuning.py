@@ -283,7 +283,7 @@ class DeviceTimer:
         far = workloads.difference(result, self.expected)
         if far > workloads.AGREES:
             raise ValueError(f"differs from the reference by {far:.2g} of its largest number")
-        return timing.seconds_per_call(lambda _: program(), seconds=SECONDS) / workloads.CALLS
+        return workloads.seconds_of_one(program, SECONDS)
 
 
 # -- for people -------------------------------------------------------------------------------

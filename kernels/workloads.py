@@ -20,7 +20,7 @@ from jax.experimental.layout import Format, Layout
 
 from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels import cases, choice, grouped_matmul, quantized_matmul, tpu
+from jaxinfer.kernels import cases, choice, grouped_matmul, quantized_matmul, timing, tpu
 from jaxinfer.kernels.quantized import Quantized, bytes_of, format_of, quantize, values_layout
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import LARGEST, Pool, write_pages
@@ -223,6 +223,11 @@ def in_one_program(
     program = jax.jit(partial(calls, op, call))
     compiled = program.lower(tokens, others).compile(compiler_options=options)
     return lambda: compiled(tokens, others)
+
+
+def seconds_of_one(program: Callable[[], list[Any]], seconds: float | None = None) -> float:
+    """Of a call of `in_one_program`; seconds: for all that is timed (`timing.seconds_per_call`)."""
+    return timing.seconds_per_call(lambda _: program(), seconds=seconds) / CALLS
 
 
 def calls(

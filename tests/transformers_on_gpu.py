@@ -37,11 +37,11 @@ def random_model(tiny: bool) -> Any:
     """transformers' own, with the weights that it begins with."""
     values = export.config_json(checkpoint.resolve("llama-3.1-8b", "dummy"))
     values = {**values, **(TINY if tiny else {}), "dtype": "bfloat16"}
-    architecture = transformers.LlamaForCausalLM
+    config = transformers.LlamaConfig.from_dict(values)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
-        return architecture(architecture.config_class.from_dict(values)).eval()
+        return transformers.LlamaForCausalLM(config).eval()
 
 
 @torch.inference_mode()

@@ -183,8 +183,7 @@ def _time(op: str, case: Any, call: Any, num_bytes: int, chip: Chip | None) -> A
         program = workloads.in_one_program(op, case, call, sets)
         result = jax.block_until_ready(program())[0]
         compile_seconds = time.perf_counter() - made
-        seconds = timing.seconds_per_call(lambda _: program()) / workloads.CALLS
-        return seconds, compile_seconds, result
+        return workloads.seconds_of_one(program), compile_seconds, result
     # On a CPU calls of one program would run side by side.
     result = jax.block_until_ready(call(*sets[0]))
     compile_seconds = time.perf_counter() - made
