@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 # A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
-# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
+# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.  Kernels
+# that do not need each other, such as those that write keys and values, may run side by side.
 GPU_OPTIONS: dict[str, str | bool] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 # From so many tokens on a GPU's products are the vendor's.  Triton's are faster when timed one by
 # one, but a step of them takes up to 5 % longer on H100, for they leave the addition of the
