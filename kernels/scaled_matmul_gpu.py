@@ -62,7 +62,7 @@ def check_blocks(blocks: Blocks, depth: int, gpu: Gpu) -> None:
             in range(COLUMNS, 257, COLUMNS),
             "the sums are more than a multiprocessor holds": blocks.tokens * blocks.width <= 2**15,
             f"stages must be from 2 to {depth // DEPTH - 1}": 2 <= blocks.stages < depth // DEPTH,
-            "cluster must be 1 or 2": blocks.cluster in (1, 2),
+            "cluster must be 1, 2 or 4": blocks.cluster in (1, 2, 4),
             f"{needed} bytes do not fit {gpu.shared_bytes}": needed <= gpu.shared_bytes,
         },
         blocks,
