@@ -11,6 +11,9 @@ Sums of fp8 products are those of the matrix unit, as the library's are: some 14
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,8 +34,9 @@ ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage] (exported from JAX 
 DEPTH = 128
 # Warpgroups that multiply, and registers of a thread of the one that loads and of these.
 GROUPS, LOAD_REGISTERS, REGISTERS = 2, 24, 240
-# Rows and columns of the result that leave at once, and how many such pieces a warpgroup has.
-ROWS, COLUMNS, PIECES = 64, 64, 2
+# Rows and columns of the result that leave at once, and for how many such pieces a warpgroup has
+# room.
+PIECE, PIECES = (64, 64), 2
 # Bytes for barriers.
 REST = 1024
 # Fewer tokens are faster otherwise: the tiles are large.
@@ -54,12 +58,12 @@ class Blocks:
 
 def check_blocks(blocks: Blocks, depth: int, gpu: Gpu) -> None:
     """Raise `ShapeError` unless blocks are for weights of such a depth on such a chip."""
-    needed = _shared_bytes(blocks)
+    needed, rows, columns = _shared_bytes(blocks), GROUPS * PIECE[0], PIECE[1]
     tuned.require(
         {
-            f"tokens must be a multiple of {GROUPS * ROWS}": blocks.tokens % (GROUPS * ROWS) == 0,
-            f"width must be a multiple of {COLUMNS} up to 256": blocks.width
-            in range(COLUMNS, 257, COLUMNS),
+            f"tokens must be a multiple of {rows}": blocks.tokens % rows == 0,
+            f"width must be a multiple of {columns} up to 256": blocks.width
+            in range(columns, 257, columns),
             "the sums are more than a multiprocessor holds": blocks.tokens * blocks.width <= 2**15,
             f"stages must be from 2 to {depth // DEPTH - 1}": 2 <= blocks.stages < depth // DEPTH,
             "cluster must be 1, 2 or 4": blocks.cluster in (1, 2, 4),
@@ -71,7 +75,8 @@ def check_blocks(blocks: Blocks, depth: int, gpu: Gpu) -> None:
 
 def _shared_bytes(blocks: Blocks) -> int:
     each = blocks.tokens + blocks.width
-    return blocks.stages * DEPTH * each + 2 * GROUPS * PIECES * ROWS * COLUMNS + 4 * each + REST
+    out_bytes = 2 * GROUPS * PIECES * math.prod(PIECE)
+    return blocks.stages * DEPTH * each + out_bytes + 4 * each + REST
 
 
 def block_sizes(depth: int) -> Blocks:
@@ -89,9 +94,9 @@ def refusal(x_TD: Any, values_DF: Any, gpu: Gpu) -> str | None:
         return f"it multiplies float8_e4m3fn and int8, not {values_DF.dtype}"
     if T % 8 or T < FEWEST:
         return f"{T} tokens are fewer than {FEWEST} or no multiple of 8"
-    if D % DEPTH or D < 3 * DEPTH or F % COLUMNS:
+    if D % DEPTH or D < 3 * DEPTH or F % PIECE[1]:
         return (
-            f"D = {D} is less than 3 · {DEPTH} or no multiple of {DEPTH}, or F = {F} of {COLUMNS}"
+            f"D = {D} is less than 3 · {DEPTH} or no multiple of {DEPTH}, or F = {F} of {PIECE[1]}"
         )
     return None
 
@@ -133,22 +138,22 @@ def scaled_matmul(
         scratch_types=dict(
             x_smem=_swizzled((b.stages, b.tokens, DEPTH), x.dtype),
             values_smem=_swizzled((b.stages, b.width, DEPTH), x.dtype),
-            out_smem=_swizzled((GROUPS, PIECES, ROWS, COLUMNS), jnp.bfloat16),
+            out_smem=_swizzled((GROUPS, PIECES, *PIECE), jnp.bfloat16),
             scale_T_smem=plgpu.SMEM((b.tokens,), jnp.float32),
             scale_F_smem=plgpu.SMEM((b.width,), jnp.float32),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=b.stages),
             free=plgpu.ClusterBarrier(
-                collective_axes=("cta",), num_arrivals=GROUPS, num_barriers=b.stages
+                collective_axes=("member",), num_arrivals=GROUPS, num_barriers=b.stages
             ),
             scaled=plgpu.Barrier(num_arrivals=2),
         ),
         grid=(clusters,),
         grid_names=("cluster",),
         cluster=(b.cluster,),
-        cluster_names=("cta",),
+        cluster_names=("member",),
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(x, scale_T1[:, 0], values_DF.T, scale_1F[0])
 
@@ -161,7 +166,7 @@ def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @dataclass
 class _Work:
-    """What the warpgroups of a thread block do; `steps`: blocks of D."""
+    """What the warpgroups of a thread block do; `steps`: blocks of D, `tiles`: of a cluster."""
 
     blocks: Blocks
     steps: int
@@ -175,15 +180,15 @@ class _Work:
     out: Any
     scratch: dict[str, Any]
 
-    def _each_tile(self, visit: Any) -> Array:
-        """Call `visit(steps before, first token, first column)` for each tile in turn; returns the
-        steps of all."""
+    def _each_tile(self, visit: Callable[[Array, Any, Any], None]) -> Array:
+        """Call `visit(steps before, tokens, columns)` for each tile in turn; returns the steps of
+        all."""
         b, here = self.blocks, lax.axis_index("cluster")
 
         def turn(n, before):
             row, column = plgpu.planar_snake(here + n * self.clusters, self.tiles, 0, b.group)
-            row = row * b.cluster + lax.axis_index("cta")
-            visit(before, row * b.tokens, column * b.width)
+            row = row * b.cluster + lax.axis_index("member")
+            visit(before, pl.ds(row * b.tokens, b.tokens), pl.ds(column * b.width, b.width))
             return before + self.steps
 
         count = self.tiles[0] * self.tiles[1]
@@ -200,80 +205,72 @@ class _Work:
         for n in range(self.blocks.stages):
             plgpu.barrier_wait(self.scratch["free"].at[self._slot(steps + n)])
 
-    def _load_tile(self, before: Array, row: Array, column: Array) -> None:
+    def _load_tile(self, before: Array, tokens: Any, columns: Any) -> None:
         b, scratch = self.blocks, self.scratch
-        rows, columns = pl.ds(row, b.tokens), pl.ds(column, b.width)
 
         def step(n, _):
             slot = self._slot(before + n)
-            full = scratch["full"].at[slot]
-            pl.when(before + n >= b.stages)(lambda: plgpu.barrier_wait(scratch["free"].at[slot]))
+            full, free = scratch["full"].at[slot], scratch["free"].at[slot]
+            pl.when(before + n >= b.stages)(lambda: plgpu.barrier_wait(free))
             depth = pl.ds(n * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(self.x.at[rows, depth], scratch["x_smem"].at[slot], full)
+            plgpu.copy_gmem_to_smem(self.x.at[tokens, depth], scratch["x_smem"].at[slot], full)
             plgpu.copy_gmem_to_smem(
                 self.values.at[columns, depth], scratch["values_smem"].at[slot], full,
-                collective_axes="cta" if b.cluster > 1 else None,
+                collective_axes="member" if b.cluster > 1 else None,
             )  # fmt: skip
 
         lax.fori_loop(0, self.steps, step, None)
-        # There are more steps than stages: the scales of the tile before were used.
-        for name, some in (("T", rows), ("F", columns)):
-            plgpu.copy_gmem_to_smem(
-                getattr(self, f"scale_{name}").at[some], scratch[f"scale_{name}_smem"],
-                scratch["scaled"],
-            )  # fmt: skip
+        # There are more steps than stages: the scales of the tile before are not needed any more.
+        scaled = scratch["scaled"]
+        plgpu.copy_gmem_to_smem(self.scale_T.at[tokens], scratch["scale_T_smem"], scaled)
+        plgpu.copy_gmem_to_smem(self.scale_F.at[columns], scratch["scale_F_smem"], scaled)
 
     def multiply(self, group: Array) -> None:
         plgpu.set_max_registers(REGISTERS, action="increase")
         self._each_tile(partial(self._multiply_tile, group))
         plgpu.wait_smem_to_gmem(0)
 
-    def _multiply_tile(self, group: Array, before: Array, row: Array, column: Array) -> None:
-        b, scratch = self.blocks, self.scratch
-        each = b.tokens // GROUPS
+    def _multiply_tile(self, group: Array, before: Array, tokens: Any, columns: Any) -> None:
+        scratch, each = self.scratch, self.blocks.tokens // GROUPS
         mine = pl.ds(group * each, each)
 
         def release(step):
             plgpu.barrier_arrive(scratch["free"].at[self._slot(step)])
 
-        def all_steps(sums_ref):
+        def multiply(sums_ref):
             def step(n, _):
                 slot = self._slot(before + n)
                 plgpu.barrier_wait(scratch["full"].at[slot])
-                values = scratch["values_smem"].at[slot]
-                plgpu.wgmma(sums_ref, scratch["x_smem"].at[slot, mine], values.transpose((1, 0)))
-                plgpu.wgmma_wait(1)
+                values_ref = scratch["values_smem"].at[slot].transpose((1, 0))
+                plgpu.wgmma(sums_ref, scratch["x_smem"].at[slot, mine], values_ref)
+                plgpu.wgmma_wait(1)  # so the step before has read what it multiplied
                 pl.when(n > 0)(lambda: release(before + n - 1))
 
             lax.fori_loop(0, self.steps, step, None)
             return sums_ref[...]
 
-        sums = pl.run_scoped(all_steps, ACC((each, b.width), self.sums))
+        sums = pl.run_scoped(multiply, ACC((each, self.blocks.width), self.sums))
         release(before + self.steps - 1)
         plgpu.barrier_wait(scratch["scaled"])
-        number = 0
-        for top in range(0, each, ROWS):
-            rows = pl.ds(group * each + top, ROWS)
-            scale_T = load(
-                scratch["scale_T_smem"].at[rows], plgpu.Layout.WGMMA.reduce(1), optimized=False
+        self._leave(group, sums, self.out.at[tokens, columns].at[mine], mine)
+
+    def _leave(self, group: Array, sums: Array, out: Any, mine: Any) -> None:
+        """Scale a warpgroup's sums and store them, piece by piece."""
+        scratch, layout = self.scratch, plgpu.Layout.WGMMA
+        scale_T_ref, scale_F_ref = scratch["scale_T_smem"].at[mine], scratch["scale_F_smem"]
+        rows, columns = (
+            range(0, size, at_once) for size, at_once in zip(sums.shape, PIECE, strict=True)
+        )
+        for number, (row, column) in enumerate(itertools.product(rows, columns)):
+            these = pl.ds(row, PIECE[0]), pl.ds(column, PIECE[1])
+            scale_T = load(scale_T_ref.at[these[0]], layout.reduce(1), optimized=False)
+            scale_F = load(scale_F_ref.at[these[1]], layout.reduce(0), optimized=False)
+            scale = lax.broadcast_in_dim(scale_T, PIECE, [0]) * lax.broadcast_in_dim(
+                scale_F, PIECE, [1]
             )
-            for left in range(0, b.width, COLUMNS):
-                scale_F = load(
-                    scratch["scale_F_smem"].at[pl.ds(left, COLUMNS)],
-                    plgpu.Layout.WGMMA.reduce(0),
-                    optimized=False,
-                )
-                piece = sums[top : top + ROWS, left : left + COLUMNS].astype(jnp.float32)
-                piece *= lax.broadcast_in_dim(scale_T, piece.shape, [0])
-                piece *= lax.broadcast_in_dim(scale_F, piece.shape, [1])
-                room = scratch["out_smem"].at[group, number % PIECES]
-                plgpu.wait_smem_to_gmem(PIECES - 1, wait_read_only=True)
-                room[...] = piece.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    room,
-                    self.out.at[
-                        pl.ds(row + group * each + top, ROWS), pl.ds(column + left, COLUMNS)
-                    ],
-                )
-                number += 1
+            piece = sums[row : row + PIECE[0], column : column + PIECE[1]]
+            out_ref = scratch["out_smem"].at[group, number % PIECES]
+            plgpu.wait_smem_to_gmem(PIECES - 1, wait_read_only=True)
+            out_ref[...] = (piece.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_ref, out.at[these])
