@@ -14,8 +14,8 @@ What the compilers make of the reference, read from their output (`tests/compile
   with int8 (into int32), or of bfloat16 with int8 that it converts; by Triton or, the first two, by
   cuBLASLt, as XLA finds to be faster on the device.  Scales are multiplied in by what consumes the
   result; quantising is one fusion with a norm before it, but reads anything else twice: the scale
-  of a token is known when all of it was seen.  For GPUs a kernel quantises in one pass
-  (`quantized_matmul_gpu`); the product has none, cuBLASLt has the chip's speed.
+  of a token is known when all of it was seen.  For GPUs a kernel quantises in one pass, and for
+  Hopper another multiplies many tokens and scales (`quantized_matmul_gpu`).
 * A scale for some of D (fp8_block, w4a16, nvfp4, mxfp4): first the whole weight is written out in
   bfloat16, two to four times its bytes, and read again; B200 is no exception, although it could
   multiply fp4.  For these there are kernels: those of `grouped_matmul`, with a single group.
