@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 # A GPU is told a whole step at once, as a CUDA graph, in place of some 600 launches.  XLA's default
-# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.  Kernels
-# that do not need each other, such as those that write keys and values, may run side by side.
+# leaves custom calls (our kernels) out and some copies in: many graphs, slower than none.
 GPU_OPTIONS: dict[str, str | bool] = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE",
-    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
 }
 # From so many tokens on a GPU's products are the vendor's.  Triton's are faster when timed one by
 # one, but a step of them takes up to 5 % longer on H100, for they leave the addition of the
 # residual to a kernel of its own.
 VENDORS_FROM = 64
+MANY_TOKENS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+# Below, most kernels take no longer than their start: those that do not need each other, such as
+# the ones that write keys and values, then run side by side.
+FEW_TOKENS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def compiler_options(platform: str, num_tokens: int) -> dict[str, str | bool] | None:
     """What XLA is to be told of a program for so many tokens; None: nothing."""
     if platform != "gpu":
         return None
-    if num_tokens < VENDORS_FROM:
-        return GPU_OPTIONS
-    return GPU_OPTIONS | {"xla_gpu_enable_triton_gemm": False}
+    return GPU_OPTIONS | (FEW_TOKENS if num_tokens < VENDORS_FROM else MANY_TOKENS)
