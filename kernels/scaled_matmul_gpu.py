@@ -59,12 +59,16 @@ class Blocks:
 def check_blocks(blocks: Blocks, depth: int, gpu: Gpu) -> None:
     """Raise `ShapeError` unless blocks are for weights of such a depth on such a chip."""
     needed, rows, columns = _shared_bytes(blocks), GROUPS * PIECE[0], PIECE[1]
+    pieces = blocks.tokens // rows * (blocks.width // columns)
     tuned.require(
         {
-            f"tokens must be a multiple of {rows}": blocks.tokens % rows == 0,
+            f"tokens must be a multiple of {rows} up to 256": blocks.tokens
+            in range(rows, 257, rows),
             f"width must be a multiple of {columns} up to 256": blocks.width
             in range(columns, 257, columns),
             "the sums are more than a multiprocessor holds": blocks.tokens * blocks.width <= 2**15,
+            # Else a tile's first piece would overwrite the last of the tile before while it leaves.
+            f"a warpgroup's pieces, {pieces}, must be a multiple of {PIECES}": pieces % PIECES == 0,
             f"stages must be from 2 to {depth // DEPTH - 1}": 2 <= blocks.stages < depth // DEPTH,
             "cluster must be 1, 2 or 4": blocks.cluster in (1, 2, 4),
             f"{needed} bytes do not fit {gpu.shared_bytes}": needed <= gpu.shared_bytes,

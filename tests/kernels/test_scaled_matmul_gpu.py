@@ -90,6 +90,14 @@ def test_blocks_must_fit():
     x, weight = arguments(8, 512, 64, "int8")
     x, scale_T1 = quantize_activations(x, "int8")
     assert block_sizes(512).stages == 3
-    for blocks in (Blocks(stages=4), Blocks(64, stages=2), Blocks(width=512, stages=2)):
-        with pytest.raises(ShapeError):
+    for blocks, why in (
+        (Blocks(stages=4), "stages"),
+        (Blocks(64, stages=2), "tokens"),
+        (Blocks(512, 64, stages=2), "tokens"),
+        (Blocks(width=512, stages=2), "width"),
+        (Blocks(256, 256, stages=2), "sums"),
+        (Blocks(width=192, stages=2), "pieces"),
+        (Blocks(stages=3, cluster=3), "cluster"),
+    ):
+        with pytest.raises(ShapeError, match=why):
             scaled_matmul(x, scale_T1, weight.values, weight.scales, gpu=HOPPER, blocks=blocks)
