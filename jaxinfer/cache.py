@@ -92,7 +92,7 @@ def operations(
     cache_dtype: jnp.dtype,
     mesh: Mesh,
 ) -> Ops:
-    """The operations over pages that serve a model on a mesh of these chips: see `choice.choose`.
+    """The operations that serve a model on a mesh of these chips: see `choice.choose`.
 
     asked: `EngineConfig.attention_backend`.
     """

@@ -42,7 +42,7 @@ def sweeps(op: str, name: str, case: Any, chip: Chip) -> list[Sweep]:
     """The sweeps of a case on a chip: one, or two if it has rows of one token and longer ones."""
     if isinstance(case, cases.Product):
         if case.single and case.format and format_of(case.format).as_stored:
-            return []  # the kernel beside the library's product has no blocks
+            return []  # its blocks, where it has any, are the same for all
         x_TD, weight, _ = cases.abstract_product(replace(case, single=False))
         found = _products(x_TD, weight, chip)
         return [Sweep(op, name, "grouped_matmul", product_key(x_TD, weight), "blocks", found)]
