@@ -226,7 +226,8 @@ def dequantize(weight: Quantized, dtype: Any) -> Array:
 def quantize_activations(x_TD: Array, name: str) -> tuple[Array, Array]:
     """Activations in the format's dtype, and their scales: float32 `[T, 1]`, or `[T, D / rows]`.
 
-    Padding tokens may hold anything; a NaN stays in its token.
+    Padding tokens may hold anything, and a NaN changes no other token.  In int8 it may leave no
+    trace in its own: on CPU, XLA's maximum passes over it.
     """
     form = format_of(name)
     assert form.activations is not None, name

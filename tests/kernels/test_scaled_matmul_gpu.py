@@ -62,7 +62,7 @@ def test_matches_float64(T, D, F, name, blocks):
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_many_tokens_take_it(name, monkeypatch, kernel_ran):
     kernel_ran("quantized_matmul", "mosaic_gpu", name, "interpreted")
-    monkeypatch.setattr(scaled_matmul_gpu, "FEWEST", 136)
+    monkeypatch.setattr(scaled_matmul_gpu, "BUSY", 1 / 2)
     x_TD, weight = arguments(136, 384, 128, name)
     with plgpu.force_gpu_interpret_mode(WATCHED):  # pyright: ignore[reportAttributeAccessIssue]
         text = str(jax.make_jaxpr(lambda *args: quantized_matmul(*args, gpu=HOPPER))(x_TD, weight))
@@ -77,8 +77,12 @@ def test_what_it_is_not_for():
         return refusal(x_TD, jax.ShapeDtypeStruct((D, F), dtype), gpu)
 
     assert refused() is None
-    assert "1000 tokens" in refused(T=1000)
     assert "multiple of 8" in refused(T=4097)
+    assert "none" in refused(T=0)
+    h200 = replace(HOPPER, multiprocessors=132)
+    assert refused(T=1024, F=4096, gpu=h200) is None
+    assert "192 tiles" in refused(T=1024, gpu=h200)
+    assert "64 tiles" in refused(T=512, F=4096, gpu=h200)
     assert "D = 4000" in refused(D=4000)
     assert "D = 256" in refused(D=256)
     assert "F = 96" in refused(F=96)
