@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -81,22 +80,17 @@ def run(part: Part, report: Path) -> tuple[str, list[str]]:
         "XLA_PYTHON_CLIENT_MEM_FRACTION": str(part.share)
     }  # fmt: skip
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **memory}
-    begin = report.stat().st_size
-    ended = "good"
+    begin, ended = report.stat().st_size, "good"
     with report.open("ab") as said:
         for command in part.commands:
-            process = subprocess.Popen(
-                [sys.executable, *command], stdout=said, stderr=subprocess.STDOUT, env=environment
-            )
             try:
-                code = process.wait(part.seconds)
+                code = subprocess.run(
+                    [sys.executable, *command], stdout=said, stderr=subprocess.STDOUT,
+                    env=environment, timeout=part.seconds, check=False,
+                ).returncode  # fmt: skip
                 ended = "good" if code == 0 else f"code {code}"
             except subprocess.TimeoutExpired:
                 ended = "out of time"
-            finally:  # also if this process is interrupted
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
             if ended != "good":
                 break
     with report.open("rb") as said:
