@@ -31,9 +31,11 @@ Blocks = TypeVar("Blocks")
 class Entry:
     """The best blocks for a key, and how they were found.
 
-    op, case: what was timed, by its name in kernels/cases.py.
+    op: whose entries a kernel looks through.
+    cases: what was timed, by operation and name in kernels/cases.py.
     key: see `pages_key` and `product_key`.  blocks: the fields of the kernel's own class of blocks.
-    microseconds, gb_per_s, tflop_per_s: of the best; bytes and operations as in `workloads.work`.
+    microseconds, gb_per_s, tflop_per_s: of the best, geometric means over the cases; bytes and
+        operations as in `workloads.work`.
     heuristic, heuristic_microseconds: what would be taken without the entry, and its time (None if
         it failed).
     tried: how many blocks were timed.  refused: those that failed, with the reason.
@@ -41,7 +43,7 @@ class Entry:
     """
 
     op: str
-    case: str
+    cases: list[str]
     key: Key
     blocks: dict[str, Any]
     microseconds: float
@@ -104,8 +106,8 @@ def choose(
         check(blocks)
     except (TypeError, ShapeError) as error:
         raise ConfigError(
-            f"{path}: the blocks of {op}, {entry.case}, cannot be used: {error}; delete the entry, "
-            f"or tune it again: python -m jaxinfer.kernels.tuning --op {op}"
+            f"{path}: the blocks of {', '.join(entry.cases)} cannot be used: {error}; delete the "
+            f"entry, or tune it again: python -m jaxinfer.kernels.tuning --op {op}"
         ) from error
     return blocks
 

@@ -26,12 +26,13 @@ OPS = ("paged_attention", "quantized_matmul", "grouped_matmul")
 class Sweep:
     """What is to be tried for one key.
 
-    op: that of the case.  looked_up_as: the operation whose entries the kernel looks through.
+    op: that of the cases, which are `cases`' names.
+    looked_up_as: the operation whose entries the kernel looks through.
     argument: of the implementation, that takes the blocks.  choices: the heuristic's first.
     """
 
     op: str
-    case: str
+    cases: tuple[str, ...]
     looked_up_as: str
     key: Key
     argument: str
@@ -45,7 +46,7 @@ def sweeps(op: str, name: str, case: Any, chip: Chip) -> list[Sweep]:
             return []  # its blocks, where it has any, are the same for all
         x_TD, weight, _ = cases.abstract_product(replace(case, single=False))
         found = _products(x_TD, weight, chip)
-        return [Sweep(op, name, "grouped_matmul", product_key(x_TD, weight), "blocks", found)]
+        return [Sweep(op, (name,), "grouped_matmul", product_key(x_TD, weight), "blocks", found)]
     q_TKGH, pool, rows = cases.abstract(case)
     parts = []
     if any(queries == 1 for queries, _ in case.lens) or case.row_per_token:
@@ -54,7 +55,7 @@ def sweeps(op: str, name: str, case: Any, chip: Chip) -> list[Sweep]:
         parts.append("tiles")
     return [
         Sweep(
-            op, name, op, pages_key(part, q_TKGH, pool, case.window), part,
+            op, (name,), op, pages_key(part, q_TKGH, pool, case.window), part,
             _attention(q_TKGH, pool, rows, case, chip, single=part == "single"),
         )
         for part in parts

@@ -147,6 +147,9 @@ REAL = {
     for model, sizes in MODELS.items()
     for batch, lens in BATCHES.items()
 }
+REAL["llama-3.1-8b, decode 1 x 1k"] = replace(
+    REAL["llama-3.1-8b, decode 64 x 1k"], lens=((1, 1024),)
+)
 REAL |= {
     f"llama-3.1-8b, {batch}, {stored}": replace(REAL[f"llama-3.1-8b, {batch}"], stored=stored)
     for batch in BATCHES
@@ -302,11 +305,16 @@ TIMED = {
 TUNED = {
     "paged_attention": (
         "llama-3.1-8b, decode 64 x 1k",
+        "llama-3.1-8b, decode 1 x 1k",
+        "llama-3.1-8b, decode 4 x 32k",
         "llama-3.1-8b, prefill 2048",
         "llama-3.1-8b, decode 64 x 1k, float8_e4m3fn",
+        "llama-3.1-8b, decode 4 x 32k, float8_e4m3fn",
         "llama-3.1-8b, prefill 2048, float8_e4m3fn",
         "llama-3.1-70b/8, decode 64 x 1k",
+        "llama-3.1-70b/8, decode 4 x 32k",
         "llama-3.2-1b, decode 64 x 1k",
+        "llama-3.2-1b, decode 4 x 32k",
         "gemma-2-9b, prefill 2048",
         "gpt-oss-20b, decode 64 x 1k",
     ),

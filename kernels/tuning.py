@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import yaml
@@ -36,8 +38,8 @@ Exit codes: 0 all good, 1 no such device or nothing could be timed, 2 bad option
 HEADER = "# Written by `python -m jaxinfer.kernels.tuning`; see docs/kernels.md.\n"
 # Seconds that the calls of one timing take together.
 SECONDS = 0.1
-# Times blocks for a sweep: seconds of a call.  Raises anything if they do not work.
-Timer = Callable[[Sweep, Any], float]
+# Times blocks on a case of a sweep: seconds of a call.  Raises anything if they do not work.
+Timer = Callable[[Sweep, str, Any], float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"error: {error}", 1)
     print(_table(tuned, jobs))
     for job in left:
-        print(f"left out: {job.op}, {job.case}: call again, or with a greater --limit-seconds")
+        print(f"left out: {_name(job)}: call again, or with a greater --limit-seconds")
     print(f"written: {path}", flush=True)
     return 0 if any(tuned.find(job.looked_up_as, job.key) for job in jobs) else 1
 
@@ -81,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", metavar="CHIP", help="the chip that must be present, by the "
         "name of its sheet in configs/hardware (default: whichever is)")  # fmt: skip
     add("--op", nargs="+", metavar="OP", help=f"of {', '.join(candidates.OPS)} (default: all)")
-    add("--case", metavar="TEXT", default="", help="only cases with TEXT in their names")
+    add("--case", metavar="TEXT", default="", help="only cases with TEXT in their names, and "
+        "what is tuned together with them")  # fmt: skip
     add("--limit-seconds", type=float, default=270.0, metavar="X",
         help="begin no further case after this time (default: %(default)s)")  # fmt: skip
     add("--again", action="store_true", help="time what has an entry, too")
@@ -127,20 +130,22 @@ def _jobs(args: argparse.Namespace, chip: Chip) -> list[Sweep]:
         raise ConfigError(f"--op: {', '.join(wrong)} has no blocks to tune; there are: "
                           f"{', '.join(candidates.OPS)}")  # fmt: skip
     jobs: dict[str, Sweep] = {}
-    for op, names in cases.TUNED.items():
-        for name in names:
-            if op not in (args.op or candidates.OPS) or args.case not in name:
-                continue
+    for op in args.op or candidates.OPS:
+        for name in cases.TUNED[op]:
             case = workloads.case_of(op, name)
             try:
                 workloads.implementation(op, case, backend_of(chip), chip)
                 for job in candidates.sweeps(op, name, case, chip):
-                    jobs.setdefault(f"{job.looked_up_as} {job.key}", job)
+                    key = f"{job.looked_up_as} {job.key}"
+                    known = jobs.setdefault(key, job)
+                    if known is not job and known.op == op:
+                        jobs[key] = dataclasses.replace(known, cases=known.cases + job.cases)
             except (ConfigError, ShapeError) as error:
                 _say(f"no kernel for {op}, {name}: {error}", 0)
-    if not jobs:
+    found = [job for job in jobs.values() if any(args.case in case for case in job.cases)]
+    if not found:
         raise ConfigError(f"--case {args.case!r}: {chip.name} has no kernel for any such case")
-    return list(jobs.values())
+    return found
 
 
 def backend_of(chip: Chip) -> str:
@@ -171,15 +176,17 @@ def tune(
     if tuned.chip != empty.chip:
         raise ConfigError(f"{path} is for {tuned.chip}, but the device is {empty.chip}")
     started, left = clock(), []
-    with tqdm(total=sum(len(job.choices) for job in jobs), desc="tuning", disable=None) as bar:
+    total = sum(_timings(job) for job in jobs)
+    with tqdm(total=total, desc="tuning", disable=None) as bar:
         for job in jobs:
             found = tuned.find(job.looked_up_as, job.key)
-            if found is not None and found.versions == versions and not again:
-                bar.update(len(job.choices))
+            same = found is not None and (found.versions, found.cases) == (versions, _cases(job))
+            if same and not again:
+                bar.update(_timings(job))
             elif clock() - started > limit_seconds:
                 left.append(job)
             else:
-                bar.set_postfix_str(f"{job.op}: {job.case}")
+                bar.set_postfix_str(_name(job))
                 tuned = _tune_one(job, tuned, path, timer, versions, bar.update)
     return tuned, left
 
@@ -196,34 +203,36 @@ def _tune_one(
     trying = {"op": job.looked_up_as, "key": job.key}
     before = tuned.trying or {}
     ended = before.get("ended", []) if {**before, "ended": 0} == {**trying, "ended": 0} else []
-    times: dict[Any, float] = {}
+    times: dict[Any, list[float]] = {
+        blocks: [] for blocks in job.choices if tuned_blocks.fields(blocks) not in ended
+    }
     refused = [f"{_words(fields)}: ended the process" for fields in ended]
     try:
-        for blocks in job.choices:
-            fields = tuned_blocks.fields(blocks)
-            if fields not in ended:
+        for case, blocks in itertools.product(job.cases, job.choices):
+            if blocks in times:
+                fields = tuned_blocks.fields(blocks)
                 write(
                     path, dataclasses.replace(tuned, trying={**trying, "ended": [*ended, fields]})
                 )
                 try:
-                    times[blocks] = timer(job, blocks)
+                    times[blocks].append(timer(job, case, blocks))
                 except Exception as error:  # of any kind: compilers and devices have their own
                     text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                     refused.append(f"{_words(fields)}: {text}")
+                    del times[blocks]
             progress()
     except BaseException:  # interrupted, not ended
         write(
             path, dataclasses.replace(tuned, trying={**trying, "ended": ended} if ended else None)
         )
         raise
-    failures = {
-        name: why for name, why in tuned.failures.items() if name != f"{job.op}, {job.case}"
-    }
+    failures = {name: why for name, why in tuned.failures.items() if name != _name(job)}
     entries = [e for e in tuned.entries if (e.op, e.key) != (job.looked_up_as, job.key)]
     if times:
-        entries.append(_entry(job, times, refused, versions))
+        means = {blocks: geometric_mean(seconds) for blocks, seconds in times.items()}
+        entries.append(_entry(job, means, refused, versions))
     else:
-        failures[f"{job.op}, {job.case}"] = "; ".join(refused)
+        failures[_name(job)] = "; ".join(refused)
     tuned = dataclasses.replace(tuned, entries=entries, failures=failures, trying=None)
     write(path, tuned)
     return tuned
@@ -231,10 +240,11 @@ def _tune_one(
 
 def _entry(job: Sweep, times: dict[Any, float], refused: list[str], versions: Any) -> Entry:
     best = min(times, key=lambda blocks: times[blocks])
-    num_bytes, flops = workloads.work(job.op, workloads.case_of(job.op, job.case))
+    works = [workloads.work(job.op, workloads.case_of(job.op, case)) for case in job.cases]
+    num_bytes, flops = (geometric_mean(some) for some in zip(*works, strict=True))
     usual = times.get(job.choices[0])
     return Entry(
-        op=job.looked_up_as, case=f"{job.op}: {job.case}", key=job.key,
+        op=job.looked_up_as, cases=_cases(job), key=job.key,
         blocks=tuned_blocks.fields(best), microseconds=round(1e6 * times[best], 3),
         gb_per_s=round(num_bytes / times[best] / 1e9, 1),
         tflop_per_s=round(flops / times[best] / 1e12, 2),
@@ -263,18 +273,18 @@ class DeviceTimer:
         self.arrays: list[tuple[Any, ...]] = []
         self.expected: Any = None
 
-    def __call__(self, job: Sweep, blocks: Any) -> float:
+    def __call__(self, job: Sweep, name: str, blocks: Any) -> float:
         import jax
 
-        case = workloads.case_of(job.op, job.case)
-        if self.name != f"{job.op}: {job.case}":
+        case = workloads.case_of(job.op, name)
+        if self.name != f"{job.op}: {name}":
             self.arrays, self.expected = [], None  # before the next ones need the memory
             copies = timing.copies_needed(workloads.work(job.op, case)[0], self.chip)
             self.arrays = [workloads.arguments(job.op, case, seed) for seed in range(copies)]
             self.expected = workloads.implementation(job.op, case, "reference", self.chip)(
                 *self.arrays[0]
             )
-            self.name = f"{job.op}: {job.case}"
+            self.name = f"{job.op}: {name}"
         call = workloads.implementation(
             job.op, case, backend_of(self.chip), self.chip, {job.argument: blocks}
         )
@@ -289,13 +299,30 @@ class DeviceTimer:
 # -- for people -------------------------------------------------------------------------------
 
 
+def _cases(job: Sweep) -> list[str]:
+    return [f"{job.op}: {case}" for case in job.cases]
+
+
+def _name(job: Sweep) -> str:
+    return _short(_cases(job))
+
+
+def _short(cases: list[str]) -> str:
+    return cases[0] + (f" (+ {len(cases) - 1})" if len(cases) > 1 else "")
+
+
+def _timings(job: Sweep) -> int:
+    return len(job.cases) * len(job.choices)
+
+
 def _words(fields: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def _listing(jobs: Sequence[Sweep]) -> str:
     return "\n".join(
-        f"{job.op}: {job.case}\n"
+        "\n".join(_cases(job))
+        + "\n"
         + "\n".join(f"    {_words(tuned_blocks.fields(blocks))}" for blocks in job.choices)
         for job in jobs
     )
@@ -308,7 +335,7 @@ def _table(tuned: Tuned, jobs: Sequence[Sweep]) -> str:
         if (entry.op, entry.key) in keys:
             before = entry.heuristic_microseconds
             lines.append(
-                f"{entry.case:<58}{entry.microseconds:>9.1f}"
+                f"{_short(entry.cases):<58}{entry.microseconds:>9.1f}"
                 f"{'failed' if before is None else f'{before:.1f}':>9}"
                 f"{entry.gb_per_s:>8.0f}{entry.tflop_per_s:>9.1f}  {_words(entry.blocks)}"
             )

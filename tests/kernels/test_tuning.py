@@ -22,23 +22,25 @@ EMPTY = Tuned(chip="h100", device_kind="some H100", entries=[])
 DECODE, PREFILL = "llama-3.1-8b, decode 64 x 1k", "llama-3.1-8b, prefill 2048"
 
 
-def job(case=DECODE, part="single", sizes=(4, 2, 8)):
+def job(*names, part="single", sizes=(4, 2, 8)):
     key = {"part": part, "K": 8}
-    return Sweep("paged_attention", case, "paged_attention", key, part, tuple(map(Fake, sizes)))
+    return Sweep(
+        "paged_attention", names or (DECODE,), "paged_attention", key, part, tuple(map(Fake, sizes))
+    )
 
 
-JOBS = [job(), job(PREFILL, "tiles")]
+JOBS = [job(), job(PREFILL, part="tiles")]
 
 
 class Timer:
-    """Larger is faster, by a table; what is no number is raised."""
+    """By a table of sizes, or of names and sizes; what is no number is raised."""
 
     def __init__(self, seconds):
         self.seconds, self.calls = seconds, []
 
-    def __call__(self, job, fake):
+    def __call__(self, job, name, fake):
         self.calls.append((job.argument, fake.size))
-        found = self.seconds[fake.size]
+        found = self.seconds.get(name, self.seconds)[fake.size]
         if isinstance(found, BaseException):
             raise found
         return found
@@ -68,19 +70,49 @@ def test_the_fastest_blocks_are_kept_with_their_figures(tmp_path):
     assert path.read_text().startswith("# Written by `python -m jaxinfer.kernels.tuning`")
 
 
+def test_blocks_serve_all_cases_of_a_key(tmp_path):
+    """By the geometric mean of their times; what fails on one case is for none."""
+    path = tmp_path / "h100.yaml"
+    long = "llama-3.1-8b, decode 4 x 32k"
+    both = job(DECODE, long, sizes=(4, 2, 8, 1))
+    slow = MemoryError("too long")
+    timer = Timer(
+        {DECODE: {4: 4e-3, 2: 3e-3, 8: 1e-3, 1: 1e-4}, long: {4: 4e-3, 2: 3e-3, 8: 25e-3, 1: slow}}
+    )
+    tuned, _ = tune(path, timer, [both])
+    (entry,) = tuned.entries
+    assert entry.cases == [f"paged_attention: {name}" for name in (DECODE, long)]
+    assert (entry.blocks, entry.microseconds, entry.tried) == ({"size": 2}, 3e3, 3)
+    assert entry.heuristic_microseconds == 4e3
+    assert entry.refused == ["size=1: MemoryError: too long"]
+    timer.calls.clear()
+    tune(path, timer, [both])
+    assert timer.calls == []
+    tune(path, timer, [job(sizes=(4, 2))])
+    assert len(timer.calls) == 2, "what was timed on other cases is timed anew"
+
+
+def test_cases_of_a_key_are_tuned_together(capsys):
+    assert tuning.main(["--list", "--device", "h200", "--case", "llama-3.1-8b, decode 1 x 1k"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if not line.startswith(" ")] == [
+        f"paged_attention: llama-3.1-8b, decode {rows}" for rows in ("64 x 1k", "1 x 1k", "4 x 32k")
+    ]
+
+
 def test_what_fails_is_reported_and_the_rest_goes_on(tmp_path):
     path = tmp_path / "h100.yaml"
     timer = Timer({4: 2e-3, 2: RuntimeError("out of\n registers"), 8: MemoryError("too much")})
-    tuned, _ = tune(path, timer, [job(), job(PREFILL, "tiles", (2, 8))])
+    tuned, _ = tune(path, timer, [job(), job(PREFILL, part="tiles", sizes=(2, 8))])
     (entry,) = tuned.entries
     assert entry.blocks == {"size": 4}
     assert entry.refused == [
         "size=2: RuntimeError: out of registers", "size=8: MemoryError: too much",
     ]  # fmt: skip
-    assert set(tuned.failures) == {f"paged_attention, {PREFILL}"}
-    assert "too much" in tuned.failures[f"paged_attention, {PREFILL}"]
+    assert set(tuned.failures) == {f"paged_attention: {PREFILL}"}
+    assert "too much" in tuned.failures[f"paged_attention: {PREFILL}"]
     # Once it works, it is no failure any more.
-    tuned, _ = tune(path, Timer({2: 1e-3, 8: 1e-3}), [job(PREFILL, "tiles", (2, 8))])
+    tuned, _ = tune(path, Timer({2: 1e-3, 8: 1e-3}), [job(PREFILL, part="tiles", sizes=(2, 8))])
     assert tuned.failures == {}
     assert len(tuned.entries) == 2
 
@@ -89,10 +121,10 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     path = tmp_path / "h100.yaml"
     timer = Timer({4: 1e-3, 2: 2e-3, 8: 3e-3})
 
-    def interrupted(job, fake):
+    def interrupted(job, name, fake):
         if job.argument == "tiles" and fake.size == 2:
             raise KeyboardInterrupt
-        return timer(job, fake)
+        return timer(job, name, fake)
 
     with pytest.raises(KeyboardInterrupt):
         tune(path, interrupted)
@@ -120,7 +152,7 @@ def test_blocks_that_ended_the_process_are_not_tried_again(tmp_path, monkeypatch
     path = tmp_path / "h100.yaml"
     deadly = {2, 8}
 
-    def timer(job, fake):
+    def timer(job, name, fake):
         if fake.size in deadly:
             # From here on nothing is written any more.
             monkeypatch.setattr(tuning, "write", lambda *_: None)
@@ -145,7 +177,7 @@ def test_blocks_that_ended_the_process_are_not_tried_again(tmp_path, monkeypatch
 def test_time_runs_out_between_cases(tmp_path):
     path, now = tmp_path / "h100.yaml", [0.0]
 
-    def timer(job, fake):
+    def timer(job, name, fake):
         now[0] += 10
         return 1e-3
 
@@ -219,8 +251,8 @@ def test_blocks_are_timed_on_the_device_and_must_agree_with_the_reference(monkey
 
     monkeypatch.setattr(workloads, "implementation", implementation)
     timer = tuning.DeviceTimer(load_chip("h100"))
-    tiny = Sweep("grouped_matmul", "tiny", "grouped_matmul", {}, "blocks", (Fake(1), Fake(2)))
-    assert 0 < timer(tiny, Fake(1)) < 1
+    tiny = Sweep("grouped_matmul", ("tiny",), "grouped_matmul", {}, "blocks", (Fake(1), Fake(2)))
+    assert 0 < timer(tiny, "tiny", Fake(1)) < 1
     with pytest.raises(ValueError, match="differs from the reference by 1 of its largest"):
-        timer(tiny, Fake(2))
+        timer(tiny, "tiny", Fake(2))
     assert asked == [("mosaic_gpu", {"blocks": Fake(1)}), ("mosaic_gpu", {"blocks": Fake(2)})]
