@@ -18,6 +18,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ class Part:
     share: float | None = None
 
 
-def parts(output: Path) -> dict[str, Part]:
-    """By name, the engine's first."""
+def parts(scratch: Path) -> dict[str, Part]:
+    """By name, the engine's first; scratch: a folder for data sets and a model of 16 GB."""
     bench = ("-m", "jaxinfer.bench")
     vocabulary = load_model_preset(MODEL).config.vocab_size
     engine = ("--model", MODEL, "--load-format", "dummy", "--max-seq-len", "8300")
@@ -50,7 +51,7 @@ def parts(output: Path) -> dict[str, Part]:
     found = {"steps": Part((steps,), 300, 0.94)}
     for name, (requests, rows) in LOADS.items():
         tokens, outputs = name.split("/")
-        dataset = str(output / f"{tokens}.jsonl")
+        dataset = str(scratch / f"{tokens}.jsonl")
         made = (
             *bench, "prepare-dataset", "token-norm-dist", "--num-requests", str(requests),
             "--input-mean", tokens, "--input-stdev", "0", "--output-mean", outputs,
@@ -69,7 +70,7 @@ def parts(output: Path) -> dict[str, Part]:
         "grouped": Part((("-m", f"{kernels}.grouped_on_gpu"),), 600),
         "kernels": Part(((*bench, "kernels", "--limit-seconds", "400"),), 500),
         "transformers": Part(
-            (("-m", "tests.transformers_on_gpu", "--folder", str(output / "model")),), 600
+            (("-m", "tests.transformers_on_gpu", "--folder", str(scratch / "model")),), 600
         ),
     }
 
@@ -110,28 +111,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit-seconds", type=float, help="begin no further part after this time")
     parser.add_argument("--list", action="store_true", help="say what would be run")
     args = parser.parse_args(argv)
-    known = parts(args.output.resolve())
-    names = args.only or list(known)
-    if unknown := set(names) - set(known):
-        parser.error(f"--only: {', '.join(sorted(unknown))}: not of {', '.join(known)}")
-    if args.list:
+    with tempfile.TemporaryDirectory() as scratch:
+        known = parts(Path(scratch))
+        names = args.only or list(known)
+        if unknown := set(names) - set(known):
+            parser.error(f"--only: {', '.join(sorted(unknown))}: not of {', '.join(known)}")
+        if not args.list:
+            args.output.mkdir(parents=True, exist_ok=True)
+            wanted = {name: known[name] for name in names}
+            return run_all(wanted, args.output / "report.txt", args.limit_seconds)
         for name in names:
             for command in known[name].commands:
                 print(f"{name}: python {' '.join(command)}")
         return 0
-    args.output.mkdir(parents=True, exist_ok=True)
-    report = args.output / "report.txt"
+
+
+def run_all(wanted: dict[str, Part], report: Path, limit_seconds: float | None) -> int:
+    """Run the parts one after the other; returns how many failed or were left out."""
     report.write_text("")
     began, failed = time.monotonic(), 0
-    for name in names:
+    for name, part in wanted.items():
         started = time.monotonic()
-        if args.limit_seconds is not None and started - began > args.limit_seconds:
+        if limit_seconds is not None and started - began > limit_seconds:
             print(f"== {name}: left out, for want of time", flush=True)
             failed += 1
             continue
         with report.open("a") as said:
             said.write(f"== {name}\n")
-        ended, lines = run(known[name], report)
+        ended, lines = run(part, report)
         failed += ended != "good"
         print(f"== {name}: {ended}, {time.monotonic() - started:.0f} s", *lines, sep="\n")
         sys.stdout.flush()

@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch):
         "bad": Part((("-c", "raise SystemExit(3)"), says), 60),
         "slow": Part((waits,), 2),
     }
-    monkeypatch.setattr(on_gpu, "parts", lambda output: known)
+    monkeypatch.setattr(on_gpu, "parts", lambda scratch: known)
     return tmp_path
 
 

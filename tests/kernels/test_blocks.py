@@ -23,7 +23,8 @@ class Two:
 
 KEY = {"K": 2, "stored": "int8", "window": None}
 ENTRY = {
-    "op": "paged_attention", "cases": ["paged_attention: a case"], "key": KEY, "blocks": {"wide": 3, "deep": 4},
+    "op": "paged_attention", "cases": ["paged_attention: a case"], "key": KEY,
+    "blocks": {"wide": 3, "deep": 4},
     "microseconds": 2.5, "gb_per_s": 10.0, "tflop_per_s": 0.5,
     "heuristic": {"wide": 1, "deep": 1}, "heuristic_microseconds": 4.0, "tried": 7, "refused": [],
     "date": "2026-01-01", "versions": {"jax": "0.0"},
