@@ -130,7 +130,8 @@ def _jobs(args: argparse.Namespace, chip: Chip) -> list[Sweep]:
         raise ConfigError(f"--op: {', '.join(wrong)} has no blocks to tune; there are: "
                           f"{', '.join(candidates.OPS)}")  # fmt: skip
     jobs: dict[str, Sweep] = {}
-    for op in args.op or candidates.OPS:
+    asked = [op for op in candidates.OPS if op in (args.op or candidates.OPS)]
+    for op in asked:
         for name in cases.TUNED[op]:
             case = workloads.case_of(op, name)
             try:
@@ -141,7 +142,8 @@ def _jobs(args: argparse.Namespace, chip: Chip) -> list[Sweep]:
                     if known is not job and known.op == op:
                         jobs[key] = dataclasses.replace(known, cases=known.cases + job.cases)
             except (ConfigError, ShapeError) as error:
-                _say(f"no kernel for {op}, {name}: {error}", 0)
+                if args.case in name:
+                    _say(f"no kernel for {op}, {name}: {error}", 0)
     found = [job for job in jobs.values() if any(args.case in case for case in job.cases)]
     if not found:
         raise ConfigError(f"--case {args.case!r}: {chip.name} has no kernel for any such case")
