@@ -26,7 +26,7 @@ OPS = ("paged_attention", "quantized_matmul", "grouped_matmul")
 class Sweep:
     """What is to be tried for one key.
 
-    op: that of the cases, which are `cases`' names.
+    op, cases: what is timed, by its names in kernels/cases.py.
     looked_up_as: the operation whose entries the kernel looks through.
     argument: of the implementation, that takes the blocks.  choices: the heuristic's first.
     """

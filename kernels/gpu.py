@@ -52,6 +52,16 @@ def load(ref: Any, layout: Any = None, *, optimized: bool = True) -> Array:
     return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
 
 
+def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
+    """Shared memory for a matrix operand, swizzled over as much of `width` columns as possible."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle((width or shape[-1]) * bits)
+    if swizzle == 16:
+        return plgpu.SMEM(shape, dtype)  # rows of 16 bytes: nothing to swizzle
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
 def slices(width: int) -> tuple[Any, list[Any]]:
     """How the threads of a warpgroup hold an array of `width` numbers, a multiple of `THREADS`: the
     layout of a piece of it, and where the pieces lie.  A thread has up to eight neighbours."""
@@ -133,11 +143,11 @@ def load_vectors(ref: Any, shape: tuple[int, int], layout: Any) -> Array:
     registers of a tiled layout; its vectors must begin at multiples of their size."""
 
     def load(_: Any, ref: Any) -> Any:
-        tiled = layout.to_mgpu()
-        some = ir.VectorType.get([tiled.vector_length], ir.F32Type.get())
-        registers = np.empty(tiled.registers_shape(shape), object)
-        registers.flat = [vector.load(some, ref, place) for place in tiled.thread_idxs(shape)]
-        return mgpu.FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)
+        tiles = layout.to_mgpu()
+        some = ir.VectorType.get([tiles.vector_length], ir.F32Type.get())
+        registers = np.empty(tiles.registers_shape(shape), object)
+        registers.flat = [vector.load(some, ref, place) for place in tiles.thread_idxs(shape)]
+        return mgpu.FragmentedArray(_registers=registers, _layout=tiles, _is_signed=None)
 
     result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
     return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(load)(ref)

@@ -17,8 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxinfer.kernels.gpu import tiled
 from jaxinfer.kernels.paged_attention_gpu_compute import Computer, columns_at_once
-from jaxinfer.kernels.paged_attention_gpu_units import tiled
 from jaxinfer.kernels.paged_attention_gpu_work import (
     QUERY_STAGES,
     Loader,

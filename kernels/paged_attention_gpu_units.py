@@ -29,18 +29,9 @@ from jaxinfer.kernels.gpu import (
     load_vectors,
     meet,
     store_turned,
+    tiled,
 )
 from jaxinfer.kernels.paged_attention_gpu_work import Problem, Tiling
-
-
-def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
-    """Shared memory for a matrix operand, swizzled over as much of `width` columns as possible."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle((width or shape[-1]) * bits)
-    if swizzle == 16:
-        return plgpu.SMEM(shape, dtype)  # rows of 16 bytes: nothing to swizzle
-    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def full(value: float, layout: Any, *shape: int) -> Array:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer.kernels import blocks as tuned
-from jaxinfer.kernels.gpu import Gpu, load
+from jaxinfer.kernels.gpu import Gpu, load, tiled
 from jaxinfer.shapes import dims
 
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage] (exported from JAX 0.11 on)
@@ -152,9 +152,9 @@ def scaled_matmul(
         body,
         out_type=jax.ShapeDtypeStruct((T, F), jnp.bfloat16),
         scratch_types=dict(
-            x_smem=_swizzled((b.stages, b.tokens, DEPTH), x.dtype),
-            values_smem=_swizzled((b.stages, b.width, DEPTH), x.dtype),
-            out_smem=_swizzled((GROUPS, PIECES, *PIECE), jnp.bfloat16),
+            x_smem=tiled((b.stages, b.tokens, DEPTH), x.dtype),
+            values_smem=tiled((b.stages, b.width, DEPTH), x.dtype),
+            out_smem=tiled((GROUPS, PIECES, *PIECE), jnp.bfloat16),
             scale_T_smem=plgpu.SMEM((b.tokens,), jnp.float32),
             scale_F_smem=plgpu.SMEM((b.width,), jnp.float32),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=b.stages),
@@ -172,12 +172,6 @@ def scaled_matmul(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(x, scale_T1[:, 0], values_DF.T, scale_1F[0])
-
-
-def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for rows of 128 bytes."""
-    tiling = plgpu.TilingTransform((8, shape[-1]))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
 
 @dataclass

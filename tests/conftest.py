@@ -50,6 +50,19 @@ def kernel_ran(record_property):
     return note
 
 
+@pytest.fixture
+def gpu_interpreter():
+    """GPU kernels that a test calls are interpreted."""
+    from jaxinfer.kernels.choice import GPU_NEEDS_JAX
+
+    if jax.__version_info__ < GPU_NEEDS_JAX:
+        pytest.skip("the GPU interpreter is public from JAX 0.11 on")
+    from tests.kernels.gpu_interpreter import interpreting, parameters
+
+    with interpreting(parameters()):
+        yield
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The folder of checkpoints, tokenizers and expected values made by make_fixtures.py."""

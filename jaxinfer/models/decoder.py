@@ -75,16 +75,9 @@ def forward(
     more_TD, pools = None, []
     for i, (layer, pool) in enumerate(zip(weights["layers"], cache.pools, strict=True)):
         x_TD, more_TD, pool = _block(
-            layer,
-            x_TD,
-            more_TD,
-            pool,
-            rows,
-            rope.get(config.rope(i)),
-            config,
-            config.window(i),
+            layer, x_TD, more_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i),
             ops,
-        )
+        )  # fmt: skip
         pools.append(pool)
     return Cache(tuple(pools)), x_TD if more_TD is None else x_TD + more_TD
 

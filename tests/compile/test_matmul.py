@@ -220,13 +220,13 @@ def test_scales_and_quantising_are_fused_with_what_is_beside_them(target):
     ("name", "library"), [("fp8", "__cublas$lt$matmul$f8"), ("int8", "__cublas$lt$matmul")]
 )
 @pytest.mark.parametrize(
-    ("target", "tokens"),
+    ("target", "tokens", "workspace"),  # of the library, counted as if all of it were written
     [
-        pytest.param("h200:1", 512, marks=NEEDS_MOSAIC_GPU),
-        pytest.param("b200:1", 4096, marks=NEEDS_MOSAIC_GPU),
+        pytest.param("h200:1", 512, 2**22, marks=NEEDS_MOSAIC_GPU),
+        pytest.param("b200:1", 4096, 0, marks=NEEDS_MOSAIC_GPU),
     ],
 )
-def test_a_kernel_quantises_activations_once(target, tokens, name, library, kernel_ran):
+def test_a_kernel_quantises_activations_once(target, tokens, workspace, name, library, kernel_ran):
     """A kernel, a product and a fusion for the scales: every array is written and read once."""
     kernel_ran("quantized_matmul", "mosaic_gpu", name, chip(target))
     from jaxinfer.kernels.quantized_matmul_gpu import quantized_matmul
@@ -241,7 +241,6 @@ def test_a_kernel_quantises_activations_once(target, tokens, name, library, kern
     sums = (2 if name == "fp8" else 4) * case.num_tokens * case.F
     values, out = case.num_tokens * case.D, 2 * case.num_tokens * case.F
     least = 2 * values + 2 * values + case.D * case.F + 2 * sums + out
-    workspace = 2**22  # of the library, counted as if all of it were written
     assert report.hbm_bytes < 1.03 * least + workspace
 
 

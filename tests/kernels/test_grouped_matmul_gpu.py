@@ -17,9 +17,6 @@ from tests.kernels.groups import build, check, expected
 if jax.__version_info__ < (0, 11):
     pytest.skip("JAX has an interpreter for GPU kernels from 0.11 on", allow_module_level=True)
 
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.grouped_matmul_gpu import (
     Blocks,
@@ -28,11 +25,10 @@ from jaxinfer.kernels.grouped_matmul_gpu import (
     multiplied,
     refusal,
 )
+from tests.kernels.gpu_interpreter import parameters, races_found
 
 HOPPER, BLACKWELL = Gpu((9, 0), 132, 232_448), Gpu((10, 0), 148, 232_448)
-WATCHED = plgpu.InterpretGPUParams(  # pyright: ignore[reportAttributeAccessIssue] (JAX 0.11)
-    detect_races=True, uninitialized_memory="nan"
-)
+WATCHED = parameters(detect_races=True)
 
 
 def interpreted(gpu, **options):
@@ -44,7 +40,7 @@ def interpreted(gpu, **options):
 
 def check_interpreted(gpu, case, blocks, **options):
     check(interpreted(gpu, blocks=blocks, **options), case)
-    assert not gpu_callbacks.get_races().races_found
+    assert not races_found()
 
 
 STACKS = [name for name, case in cases.SMALL_PRODUCTS.items() if not case.single]

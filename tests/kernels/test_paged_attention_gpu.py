@@ -65,7 +65,7 @@ class InterpretedTurned(units.Turned):
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
+def interpreter(monkeypatch, gpu_interpreter):
     monkeypatch.setitem(units.UNITS, 9, Interpreted)
     monkeypatch.setitem(units.FOR_FEW_ROWS, 9, InterpretedTurned)
     monkeypatch.setattr(
@@ -75,9 +75,6 @@ def interpreter(monkeypatch):
     )
     # A part holds few slots, or no row here would have two.
     monkeypatch.setattr(attention, "SHORTEST_PART", 64)
-    parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]
-    with plgpu.force_gpu_interpret_mode(parameters):  # pyright: ignore[reportAttributeAccessIssue]
-        yield
 
 
 def check(case: cases.Case, gpu: attention.Gpu) -> None:

@@ -12,7 +12,6 @@ import pytest
 from jaxinfer.configs import load_chip
 from jaxinfer.kernels import quantized_matmul as products
 from jaxinfer.kernels import workloads
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 from jaxinfer.kernels.gated_quantize import gated_quantize
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.quantized import LARGEST, format_of, quantize, quantize_activations
@@ -60,18 +59,7 @@ def test_reference_matches_numpy(activation, name):
 
 
 @pytest.fixture
-def interpreted():
-    if jax.__version_info__ < GPU_NEEDS_JAX:
-        pytest.skip("the GPU interpreter is public from JAX 0.11 on")
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]
-    with plgpu.force_gpu_interpret_mode(parameters):  # pyright: ignore[reportAttributeAccessIssue]
-        yield
-
-
-@pytest.fixture
-def kernels(interpreted):
+def kernels(gpu_interpreter):
     from jaxinfer.kernels import quantize_gpu
 
     return quantize_gpu
@@ -147,7 +135,7 @@ def test_what_the_kernels_are_not_for(kernels):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_product(name, interpreted, kernel_ran):
+def test_a_product(name, gpu_interpreter, kernel_ran):
     kernel_ran("quantized_matmul", "mosaic_gpu", name, "interpreted")
     from jaxinfer.kernels.quantized_matmul_gpu import quantized_matmul
 

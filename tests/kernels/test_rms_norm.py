@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxinfer.kernels import rms_norm as reference
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 from jaxinfer.kernels.rms_norm import rms_norm
 
 EPS = 1e-6
@@ -70,16 +69,10 @@ def test_reference_of_a_sum(offset, kernel_ran):
 
 
 @pytest.fixture
-def kernel():
-    if jax.__version_info__ < GPU_NEEDS_JAX:
-        pytest.skip("the GPU interpreter is public from JAX 0.11 on")
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+def kernel(gpu_interpreter):
     from jaxinfer.kernels import rms_norm_gpu
 
-    parameters = plgpu.InterpretGPUParams(uninitialized_memory="nan")  # pyright: ignore[reportAttributeAccessIssue]
-    with plgpu.force_gpu_interpret_mode(parameters):  # pyright: ignore[reportAttributeAccessIssue]
-        yield rms_norm_gpu
+    return rms_norm_gpu
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -15,19 +15,15 @@ from jaxinfer.kernels.quantized import quantize, quantize_activations
 if jax.__version_info__ < (0, 11):
     pytest.skip("JAX has an interpreter for GPU kernels from 0.11 on", allow_module_level=True)
 
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
 from jaxinfer.kernels import scaled_matmul_gpu
 from jaxinfer.kernels.gpu import Gpu
 from jaxinfer.kernels.quantized_matmul_gpu import quantized_matmul
 from jaxinfer.kernels.scaled_matmul_gpu import Blocks, block_sizes, refusal, scaled_matmul
+from tests.kernels.gpu_interpreter import interpreting, parameters, races_found
 
 # So few multiprocessors that each has several tiles.
 HOPPER = Gpu((9, 0), 4, 232_448)
-WATCHED = plgpu.InterpretGPUParams(  # pyright: ignore[reportAttributeAccessIssue] (JAX 0.11)
-    detect_races=True, uninitialized_memory="nan"
-)
+WATCHED = parameters(detect_races=True)
 
 
 def arguments(T, D, F, name):
@@ -51,7 +47,7 @@ def test_matches_float64(T, D, F, name, blocks):
     found = scaled_matmul(
         x, scale_T1, weight.values, weight.scales, gpu=HOPPER, blocks=blocks, interpret=WATCHED
     )
-    assert not gpu_callbacks.get_races().races_found
+    assert not races_found()
     assert (found.shape, found.dtype) == ((T, F), jnp.bfloat16)
     x, values = np.float64(x), np.float64(weight.values)
     want = (x @ values) * np.float64(scale_T1) * np.float64(weight.scales)
@@ -64,7 +60,7 @@ def test_many_tokens_take_it(name, monkeypatch, kernel_ran):
     kernel_ran("quantized_matmul", "mosaic_gpu", name, "interpreted")
     monkeypatch.setattr(scaled_matmul_gpu, "BUSY", 1 / 2)
     x_TD, weight = arguments(136, 384, 128, name)
-    with plgpu.force_gpu_interpret_mode(WATCHED):  # pyright: ignore[reportAttributeAccessIssue]
+    with interpreting(WATCHED):
         text = str(jax.make_jaxpr(lambda *args: quantized_matmul(*args, gpu=HOPPER))(x_TD, weight))
         found = quantized_matmul(x_TD, weight, gpu=HOPPER)
     assert "dot_general" not in text
