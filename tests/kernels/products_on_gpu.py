@@ -5,7 +5,7 @@
     python -m tests.kernels.products_on_gpu --tokens 8 --shrink 64      # anywhere: does it run?
 
 A line for each program: its time, its rate, the share of what a large square product of the same
-numbers reaches, and what it was compiled to.  The shapes are those of Llama-3.1-8B.
+numbers reaches just before, and what it was compiled to.  The shapes are those of Llama-3.1-8B.
 """
 
 from __future__ import annotations
@@ -130,22 +130,47 @@ def made_of(text: str) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
 
 
-def measure(
-    words: str, function: Callable[..., Any], *args: Any, flops: float, ceiling: float = 0.0
-) -> tuple[Any, float]:
-    """Print a line; returns the result and the rate."""
+def compiled(function: Callable[..., Any], *args: Any) -> Any:
+    """As the engine compiles a step of so many tokens."""
     options: Any = compiler_options(jax.default_backend(), len(args[0]))
-    call = jax.jit(function).lower(*args).compile(compiler_options=options)
+    return jax.jit(function).lower(*args).compile(compiler_options=options)
+
+
+def measure(
+    words: str, function: Callable[..., Any], *args: Any, flops: float, ceiling: float
+) -> Any:
+    """Print a line; returns the result."""
+    call = compiled(function, *args)
     result = call(*args)
     seconds = timing.seconds_per_call(lambda _: call(*args))
     rate = flops / seconds
-    share = f"{rate / ceiling:6.1%}" if ceiling else "      "
     print(
-        f"{words:28} {1e6 * seconds:9.1f} us {rate / 1e12:8.1f} TFLOP/s {share}  "
+        f"{words:28} {1e6 * seconds:9.1f} us {rate / 1e12:8.1f} TFLOP/s {rate / ceiling:6.1%}  "
         f"{made_of(call.as_text())}",
         flush=True,
     )
-    return result, rate
+    return result
+
+
+def squares(n: int, weight: Array, values: Array) -> Callable[[], tuple[float, float]]:
+    """A function that says what rates square products of an array's numbers reach now, by n: how
+    fast a chip may run depends on how warm it has become."""
+    bigs = [jax.jit(lambda w: jnp.resize(w.ravel(), (n, n)))(w) for w in (weight, values)]
+    calls = [compiled(square, big, big) for big in bigs]
+
+    def rates() -> tuple[float, float]:
+        wide, narrow = (
+            2 * n**3 / timing.seconds_per_call(lambda _, call=call, big=big: call(big, big))
+            for call, big in zip(calls, bigs, strict=True)
+        )
+        print(
+            f"square products of {n}: {weight.dtype.name} {wide / 1e12:.1f}, {values.dtype.name} "
+            f"{narrow / 1e12:.1f} TFLOP/s",
+            flush=True,
+        )
+        return wide, narrow
+
+    return rates
 
 
 def main() -> None:
@@ -158,45 +183,40 @@ def main() -> None:
     platform, name, T = jax.default_backend(), args.format, args.tokens
     kernels = with_kernels()
     sizes = {key: (D // args.shrink, F // args.shrink) for key, (D, F) in cases.LAYER.items()}
-    ceilings = timing.ceilings(platform)
-    print(jax.devices()[0].device_kind, f"jax {jax.__version__}", ceilings, flush=True)
+    print(jax.devices()[0].device_kind, f"jax {jax.__version__}", flush=True)
     made = arrays(name, T, sizes)
-    wide, n = ceilings.flops_per_second, SQUARE.get(platform, 8192)
-    stored = made["out"][2].values.dtype
-    big = jax.jit(lambda w: jnp.resize(w.ravel(), (n, n)))(made["gate_up"][2].values)
-    narrow = measure(f"{name}, square {n}", square, big, big.astype(stored), flops=2 * n**3)[1]
+    _, weight_FD, weight = made["gate_up"]
+    ceilings = squares(SQUARE.get(platform, 8192), weight_FD, weight.values)
+    ceilings()  # a chip that has rested
     for key, (D, F) in sizes.items():
         if key not in (args.only or sizes):
             continue
         x_TD, weight_FD, weight = made[key]
-        flops = 2 * T * D * F
-        want, _ = measure(
-            f"{key} {D}x{F}, bfloat16", linear, x_TD, weight_FD, flops=flops, ceiling=wide
-        )
+        wide, narrow = ceilings()
+        show = partial(measure, flops=2 * T * D * F)
+        want = show(f"{key} {D}x{F}, bfloat16", linear, x_TD, weight_FD, ceiling=wide)
         for words, multiply in (("by XLA", quantized_matmul), ("whole", kernels)):
             if multiply is not None:
-                found, _ = measure(
-                    f"{key} {D}x{F}, {name} {words}", multiply, x_TD, weight, flops=flops,
-                    ceiling=narrow,
-                )  # fmt: skip
+                label = f"{key} {D}x{F}, {name} {words}"
+                found = show(label, multiply, x_TD, weight, ceiling=narrow)
                 far = workloads.difference(found, want)
                 print(f"    differs from bfloat16 by {far:.2%} of the largest", flush=True)
         x, _ = jax.jit(partial(quantize_activations, name=name))(x_TD)
-        measure(
-            f"{key} {D}x{F}, {name} product", product, x, weight.values, flops=flops,
-            ceiling=narrow,
-        )  # fmt: skip
+        show(f"{key} {D}x{F}, {name} product", product, x, weight.values, ceiling=narrow)
     if "chain" in (args.only or ["chain"]):
-        flops = LAYERS * 2 * T * sum(D * F for D, F in (sizes["gate_up"], sizes["down"]))
+        show = partial(
+            measure,
+            flops=LAYERS * 2 * T * sum(D * F for D, F in (sizes["gate_up"], sizes["down"])),
+        )
+        x_TD = made["out"][0]
+        wide, narrow = ceilings()
         for words, multiply, which, ceiling in (
             ("bfloat16", linear, 1, wide), (name, quantized_matmul, 2, narrow)
         ):  # fmt: skip
             weights = made["gate_up"][which], made["down"][which]
             chain = partial(feed_forward, multiply)
-            want, _ = measure(
-                f"feed-forward x{LAYERS}, {words}", chain, made["out"][0], *weights, flops=flops,
-                ceiling=ceiling,
-            )  # fmt: skip
+            label = f"feed-forward x{LAYERS}, {words}"
+            want = show(label, chain, x_TD, *weights, ceiling=ceiling)
         if kernels is not None:
             from jaxinfer.kernels import quantize_gpu
 
@@ -205,10 +225,7 @@ def main() -> None:
                 ("kernels for both", quantize_gpu.quantize_activations),
             ):
                 chain = partial(feed_forward_in_one_pass, first)
-                found, _ = measure(
-                    f"… {name}, {words}", chain, made["out"][0], *weights, flops=flops,
-                    ceiling=narrow,
-                )  # fmt: skip
+                found = show(f"… {name}, {words}", chain, x_TD, *weights, ceiling=narrow)
                 far = workloads.difference(found, want)
                 print(f"    differs from {name} above by {far:.2%} of the largest", flush=True)
 
