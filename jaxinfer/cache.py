@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxinfer import shardings
 from jaxinfer.config import ModelConfig
 from jaxinfer.configs import Chip
-from jaxinfer.kernels.choice import Ops, choose
+from jaxinfer.kernels.choice import PageOps, choose
 from jaxinfer.kernels.write_pages import LARGEST, Pool
 
 # What `kv_cache_dtype` calls the formats whose numpy name is another.
@@ -65,7 +65,7 @@ def abstract(
 
 
 def bytes_per_page(
-    config: ModelConfig, page_size: int, dtype: jnp.dtype, mesh: Mesh, ops: Ops
+    config: ModelConfig, page_size: int, dtype: jnp.dtype, mesh: Mesh, ops: PageOps
 ) -> int:
     """Bytes that a page takes of each device's memory over all layers, padding included."""
     page = abstract(config, 1, page_size, dtype, mesh)
@@ -91,8 +91,8 @@ def operations(
     dtype: jnp.dtype,
     cache_dtype: jnp.dtype,
     mesh: Mesh,
-) -> Ops:
-    """The operations that serve a model on a mesh of these chips: see `choice.choose`.
+) -> PageOps:
+    """The operations over pages that serve a model on a mesh of these chips: see `choice.choose`.
 
     asked: `EngineConfig.attention_backend`.
     """

@@ -6,7 +6,6 @@ Sums of squares, rotations and attention weights are computed in float32 whateve
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,14 +15,25 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.config import ModelConfig, RopeScaling
-from jaxinfer.kernels.choice import Ops
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.gated_quantize import ACTIVATIONS
 from jaxinfer.kernels.paged_attention import capped
-from jaxinfer.kernels.rms_norm import rms_norm
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import Pool
 from jaxinfer.shapes import dims
 from jaxinfer.shardings import spec
+
+
+def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0, axes: int = 1) -> Array:
+    """Root-mean-square normalisation of the last `axes` axes (arXiv:1910.07467).
+
+    The result is multiplied by `scale + offset`, in float32: 1 + w has more digits than bfloat16.
+    """
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=tuple(range(-axes, 0)), keepdims=True)
+    normed = x32 * lax.rsqrt(mean_square + eps)
+    scale = scale.astype(jnp.float32)
+    return (normed * (scale + offset if offset else scale)).astype(x.dtype)
 
 
 def norm(x_TD: Array, scale_D: Array | None, config: ModelConfig) -> Array:
@@ -31,25 +41,6 @@ def norm(x_TD: Array, scale_D: Array | None, config: ModelConfig) -> Array:
     if scale_D is None:
         return x_TD
     return rms_norm(x_TD, scale_D[None], config.rms_norm_eps, config.norm_offset)
-
-
-def add_and_norm(
-    x_TD: Array, more_TD: Array | None, scale_D: Array | None, config: ModelConfig, ops: Ops
-) -> tuple[Array, Array]:
-    """The stream with what a block has to add to it (None: nothing yet), and it normalised; a layer
-    that does not have this norm passes None."""
-    if more_TD is None:
-        return x_TD, norm(x_TD, scale_D, config)
-    if scale_D is None:
-        x_TD += more_TD
-        return x_TD, x_TD
-    # Each device has the whole stream, and does the same.
-    return jax.shard_map(
-        partial(ops.add_rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset),
-        in_specs=(spec("TD"), spec("TD"), PartitionSpec()),
-        out_specs=spec("TD"),
-        check_vma=False,
-    )(x_TD, more_TD, scale_D)
 
 
 def scaled(x: Array, factor: float) -> Array:
@@ -174,7 +165,7 @@ def attention(
     rope: tuple[Array, Array] | None,
     config: ModelConfig,
     window: int | None,
-    ops: Ops,
+    ops: PageOps,
 ) -> tuple[Array, Pool]:
     """Self-attention over the paged cache: returns the layer's output [T, D] and the written pool.
 

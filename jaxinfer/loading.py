@@ -17,7 +17,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.configs import find_chip
 from jaxinfer.errors import ConfigError, TokenizerError
 from jaxinfer.hardware import enable_compile_cache, free_bytes
-from jaxinfer.kernels.choice import Ops
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.models import decoder
 from jaxinfer.planner import Sizes
 from jaxinfer.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ class Loaded:
     dtype: jnp.dtype
     cache_dtype: jnp.dtype
     sizes: Sizes
-    ops: Ops
+    ops: PageOps
     tokenizer: Tokenizer | None
     tokenizer_folder: Path | None
     weights: dict[str, Any]

@@ -5,7 +5,7 @@ the sum by component.
 
 Weights count without the tiles that a TPU pads arrays to: XLA chooses the order of their axes, so
 that padding adds 10 MiB at most to a preset's (2 % of SmolLM2-135M, 0.02 % of all but that and
-SmolLM2-360M), where `Ops.array_bytes`, for axes in their own order, would count 20 % too many.
+SmolLM2-360M), where `PageOps.array_bytes`, for axes in their own order, would count 20 % too many.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from jaxinfer import cache, shardings
 from jaxinfer.batch import Batch, Buckets, Inputs, Selection
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.kernels.choice import Ops
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.xla_options import compiler_options
 from jaxinfer.models import decoder
@@ -57,7 +57,7 @@ def backbone(
     inputs: Inputs,
     *,
     config: ModelConfig,
-    ops: Ops,
+    ops: PageOps,
     num_hidden: int,
 ) -> tuple[State, Array]:
     """Run the tokens through the layers; returns hidden states of the selected ones, padded with
@@ -114,7 +114,7 @@ class Step:
         num_pages: int,
         dtype: jnp.dtype,
         cache_dtype: jnp.dtype,
-        ops: Ops,
+        ops: PageOps,
     ):
         self.config, self.mesh, self.limits, self.buckets = config, mesh, limits, buckets
         self.dtype, self.ops = dtype, ops

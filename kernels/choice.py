@@ -1,5 +1,5 @@
-"""Which implementation of a layer's operations serves an engine: one function of the chip, the
-shapes and the dtypes.  Those over pages decide.
+"""Which implementation of the operations over pages serves an engine: one function of the chip, the
+shapes and the dtypes.
 
 An engine asks once, at its start, and logs the answer.  A backend that was asked for by name serves
 or raises; nothing falls back in silence.
@@ -21,7 +21,6 @@ from jaxinfer.configs import Chip
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention as reference_attention
 from jaxinfer.kernels import write_pages as reference_write
-from jaxinfer.kernels.rms_norm import add_rms_norm
 from jaxinfer.kernels.write_pages import Pool
 
 # Release of jax from which Pallas' Mosaic GPU backend has what the kernels use.
@@ -34,11 +33,10 @@ def plain_bytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Ops:
-    """The operations of one backend, with the facts of the hardware bound in.
+class PageOps:
+    """The operations over pages of one backend, with the facts of the hardware bound in.
 
     paged_attention, write_pages: as in the modules of these names.
-    add_rms_norm: as in `rms_norm`.
     why: what decided for this backend, in words.
     row_major: pools must lie in memory in the order of their axes.  Where rows are shorter than a
         TPU's lanes XLA would rather have another order, and would copy the pool before each kernel;
@@ -52,13 +50,12 @@ class Ops:
     why: str = "asked for"
     row_major: bool = False
     array_bytes: Callable[[tuple[int, ...], Any], int] = plain_bytes
-    add_rms_norm: Callable[..., tuple[Array, Array]] = add_rms_norm
 
 
-REFERENCE = Ops("reference", reference_attention.paged_attention, reference_write.write_pages)
+REFERENCE = PageOps("reference", reference_attention.paged_attention, reference_write.write_pages)
 
 
-def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> Ops:
+def choose(asked: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> PageOps:
     """The operations that serve queries and a pool of these shapes and dtypes.
 
     asked: a backend, or "auto": the chip's own if it can serve, else the reference.
@@ -90,7 +87,7 @@ def refusal(backend: str, chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | N
     return None if backend == "reference" else _KERNELS[backend][0](chip, q_TKGH, pool)
 
 
-def _reference(chip: Chip | None, why: str) -> Ops:
+def _reference(chip: Chip | None, why: str) -> PageOps:
     """On a TPU with the kernels' order of axes: what a pool takes there must be known before."""
     layout = {} if chip is None or chip.tpu is None else _tpu_layout()
     return replace(REFERENCE, why=why, **layout)
@@ -110,13 +107,13 @@ def _refuse_tpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
     return tpu.unsupported(chip.name, q_TKGH.dtype, pool)
 
 
-def _make_tpu(chip: Chip, why: str) -> Ops:
+def _make_tpu(chip: Chip, why: str) -> PageOps:
     from jaxinfer.kernels.paged_attention_tpu import paged_attention
     from jaxinfer.kernels.write_pages_tpu import write_pages
 
     assert chip.tpu is not None
     facts = {"vmem_bytes": chip.tpu.vmem_bytes, "num_cores": chip.tpu.cores}
-    return Ops(
+    return PageOps(
         "mosaic_tpu", partial(paged_attention, **facts, chip=chip.name),
         partial(write_pages, **facts), why, **_tpu_layout(),
     )  # fmt: skip
@@ -135,23 +132,21 @@ def _refuse_gpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
     return why_not(Gpu.of(chip), q_TKGH, pool)
 
 
-def _make_gpu(chip: Chip, why: str) -> Ops:
+def _make_gpu(chip: Chip, why: str) -> PageOps:
     from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import paged_attention
-    from jaxinfer.kernels.rms_norm_gpu import add_rms_norm
 
     # XLA's own scatter writes a few slots in place, at no more than their bytes.
-    return Ops(
+    return PageOps(
         "mosaic_gpu",
         partial(paged_attention, gpu=Gpu.of(chip), chip=chip.name),
         REFERENCE.write_pages,
         why,
-        add_rms_norm=add_rms_norm,
     )
 
 
 # Of each backend with kernels: why it cannot serve (None if it can), and its operations.
-_KERNELS: dict[str, tuple[Callable[..., str | None], Callable[[Chip, str], Ops]]] = {
+_KERNELS: dict[str, tuple[Callable[..., str | None], Callable[[Chip, str], PageOps]]] = {
     "mosaic_tpu": (_refuse_tpu, _make_tpu),
     "mosaic_gpu": (_refuse_gpu, _make_gpu),
 }

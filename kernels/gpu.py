@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -16,8 +15,6 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
 
 from jaxinfer.configs import Chip
-
-THREADS = 128  # of a warpgroup
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,6 @@ def tiled(shape: tuple[int, ...], dtype: Any, width: int | None = None) -> Any:
         return plgpu.SMEM(shape, dtype)  # rows of 16 bytes: nothing to swizzle
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-
-def slices(width: int) -> tuple[Any, list[Any]]:
-    """How the threads of a warpgroup hold an array of `width` numbers, a multiple of `THREADS`: the
-    layout of a piece of it, and where the pieces lie.  A thread has up to eight neighbours."""
-    each = next(n for n in (8, 4, 2, 1) if width % (THREADS * n) == 0)
-    piece = THREADS * each
-    layout = plgpu.Layout.WG_STRIDED((piece,), each)
-    return layout, [pl.ds(at, piece) for at in range(0, width, piece)]
 
 
 def meet() -> None:

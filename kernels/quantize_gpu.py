@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxinfer.kernels.gpu import THREADS, Gpu, load, slices
+from jaxinfer.kernels.gpu import Gpu, load
 from jaxinfer.kernels.quantized import LARGEST, SMALLEST, cast, format_of
 from jaxinfer.shapes import dims
 
+THREADS = 128
 # Numbers of a token that its threads can hold, two in a register, without spilling any; by the
 # dtype of what is read.
 WIDEST = {"bfloat16": 148 * THREADS, "int32": 144 * THREADS}
@@ -82,19 +84,23 @@ def _in_one_pass(
 
     numbers(token, some, layout, *references to the arrays): a slice of a token's, in bfloat16.
     """
-    layout, parts = slices(width)
+    # Neighbours that a thread loads at once, up to 16 bytes.
+    each = next(n for n in (8, 4, 2, 1) if width % (THREADS * n) == 0)
+    piece = THREADS * each
+    layout = plgpu.Layout.WG_STRIDED((piece,), each)
     dtype = jnp.dtype(format_of(name).activations)
+    slices = [pl.ds(at, piece) for at in range(0, width, piece)]
 
     def body(*refs: Any) -> None:
         *inputs, values, scales = refs
         token = lax.axis_index("token")
-        kept = [numbers(token, some, layout, *inputs) for some in parts]
+        kept = [numbers(token, some, layout, *inputs) for some in slices]
         peak = jnp.abs(kept[0])
         for some in kept[1:]:
             peak = jnp.maximum(peak, jnp.abs(some))
         scale = jnp.maximum(jnp.max(peak.astype(jnp.float32)), SMALLEST) / LARGEST[dtype.name]
         inverse = 1 / scale
-        for at, some in zip(parts, kept, strict=True):
+        for at, some in zip(slices, kept, strict=True):
             values[token, at] = cast(some.astype(jnp.float32) * inverse, dtype)
         scales[token] = scale
 

@@ -1,4 +1,4 @@
-"""Factors in bfloat16: rounded once, as the models' own code does; a stream and its norm."""
+"""Norms and factors in bfloat16: rounded once, as the models' own code does."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,6 +7,38 @@ import pytest
 
 from jaxinfer import layers
 from jaxinfer.config import ModelConfig
+
+EPS = 1e-6
+
+
+def norm_in_float64(x, weight, axes):
+    x = x.astype(np.float64)
+    mean_square = (x * x).mean(axis=tuple(range(-axes, 0)), keepdims=True)
+    return x / np.sqrt(mean_square + EPS) * weight
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norm_in_bfloat16_rounds_only_its_result(offset):
+    """A rounding to bfloat16 changes a number by up to a 256th; two of them would by more."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 64)).astype(ml_dtypes.bfloat16)
+    weight = (0.1 * rng.normal(size=64)).astype(ml_dtypes.bfloat16)
+    got = layers.rms_norm(jnp.asarray(x), jnp.asarray(weight)[None], EPS, offset)
+    assert got.dtype == jnp.bfloat16
+    want = norm_in_float64(x, weight.astype(np.float64) + offset, 1)
+    error = np.abs(np.asarray(got, np.float64) - want) / np.abs(want)
+    assert error.max() < 1.001 / 256
+    # What 1 + w stored in bfloat16 would give, even with exact arithmetic from there on.
+    folded = (weight.astype(np.float64) + offset).astype(ml_dtypes.bfloat16).astype(np.float64)
+    rounded = norm_in_float64(x, folded, 1).astype(ml_dtypes.bfloat16).astype(np.float64)
+    assert not offset or (np.abs(rounded - want) / np.abs(want)).max() > 1.5 / 256
+
+
+def test_norm_over_several_axes():
+    rng = np.random.default_rng(1)
+    x, weight = rng.normal(size=(5, 2, 3, 4)), rng.normal(size=(2, 3, 4))
+    got = layers.rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(weight)[None], EPS, axes=3)
+    np.testing.assert_allclose(got, norm_in_float64(x, weight, 3), rtol=1e-5, atol=1e-6)
 
 
 def test_a_factor_is_not_rounded_before_it_multiplies():

@@ -23,8 +23,7 @@ from jaxinfer.bench.side import left_padded
 from jaxinfer.config import ModelConfig
 from jaxinfer.distribution import argmax_of_columns
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.rms_norm import rms_norm
-from jaxinfer.layers import apply_rope, linear, rope_tables
+from jaxinfer.layers import apply_rope, linear, rms_norm, rope_tables
 
 # What `ModelConfig` may say without changing the mathematics of a Llama.
 FREE = (

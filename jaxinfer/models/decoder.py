@@ -16,7 +16,7 @@ from jax import Array
 from jaxinfer import layers
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.kernels.choice import Ops
+from jaxinfer.kernels.choice import PageOps
 from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.write_pages import Pool
 from jaxinfer.shapes import letters
@@ -63,7 +63,7 @@ def forward(
     tokens_T: Array,
     rows: Rows,
     config: ModelConfig,
-    ops: Ops,
+    ops: PageOps,
 ) -> tuple[Cache, Array]:
     """Run the step's tokens through all layers: returns the written cache and hidden states [T, D].
 
@@ -72,41 +72,38 @@ def forward(
     """
     x_TD = layers.embed(weights["embed_VD"], tokens_T, config)
     rope = layers.rope_tables(rows.positions_T, config)
-    more_TD, pools = None, []
+    pools = []
     for i, (layer, pool) in enumerate(zip(weights["layers"], cache.pools, strict=True)):
-        x_TD, more_TD, pool = _block(
-            layer, x_TD, more_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i),
-            ops,
-        )  # fmt: skip
+        x_TD, pool = _block(
+            layer, x_TD, pool, rows, rope.get(config.rope(i)), config, config.window(i), ops
+        )
         pools.append(pool)
-    return Cache(tuple(pools)), x_TD if more_TD is None else x_TD + more_TD
+    return Cache(tuple(pools)), x_TD
 
 
 @partial(jax.jit, static_argnames=("config", "window", "ops"))
 def _block(
     layer: dict[str, Array],
     x_TD: Array,
-    more_TD: Array | None,
     pool: Pool,
     rows: Rows,
     rope: tuple[Array, Array] | None,
     config: ModelConfig,
     window: int | None,
-    ops: Ops,
-) -> tuple[Array, Array, Pool]:
-    """One layer: the stream, what is to be added to it and the written pool, of which the first two
-    come like that from the layer before: a sum and its norm are one kernel where there is one.
+    ops: PageOps,
+) -> tuple[Array, Pool]:
+    """One layer: the stream after it and the written pool.
 
     Jitted so that layers alike are traced and lowered once; XLA compiles each in its place.
     """
-    x_TD, normed_TD = layers.add_and_norm(x_TD, more_TD, layer.get("attn_norm_D"), config, ops)
+    normed_TD = layers.norm(x_TD, layer.get("attn_norm_D"), config)
     attended_TD, pool = layers.attention(layer, normed_TD, pool, rows, rope, config, window, ops)
     attended_TD = layers.norm(attended_TD, layer.get("attn_post_norm_D"), config)
-    more_TD = layers.scaled(attended_TD, config.residual_scale)
-    x_TD, normed_TD = layers.add_and_norm(x_TD, more_TD, layer.get("mlp_norm_D"), config, ops)
+    x_TD += layers.scaled(attended_TD, config.residual_scale)
+    normed_TD = layers.norm(x_TD, layer.get("mlp_norm_D"), config)
     fed_TD = layers.mlp(layer, normed_TD, config)
     fed_TD = layers.norm(fed_TD, layer.get("mlp_post_norm_D"), config)
-    return x_TD, layers.scaled(fed_TD, config.residual_scale), pool
+    return x_TD + layers.scaled(fed_TD, config.residual_scale), pool
 
 
 def logits(weights: dict[str, Any], hidden_BD: Array, config: ModelConfig) -> Array:

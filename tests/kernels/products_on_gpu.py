@@ -27,9 +27,8 @@ from jaxinfer.kernels import cases, timing, workloads
 from jaxinfer.kernels.choice import GPU_NEEDS_JAX
 from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
 from jaxinfer.kernels.quantized_matmul import quantized_matmul
-from jaxinfer.kernels.rms_norm import rms_norm
 from jaxinfer.kernels.xla_options import compiler_options
-from jaxinfer.layers import linear
+from jaxinfer.layers import linear, rms_norm
 
 LAYERS = 4  # of the chain
 SQUARE = {"gpu": 8192, "cpu": 256}
