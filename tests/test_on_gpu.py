@@ -6,6 +6,7 @@ import pytest
 
 from jaxinfer.bench.__main__ import _parser
 from tests import on_gpu
+from tests.engine_on_gpu import far
 from tests.on_gpu import Part
 
 
@@ -51,3 +52,9 @@ def test_commands_are_those_that_there_are(tmp_path):
             assert find_spec(module)
             if module == "jaxinfer.bench":
                 assert _parser().parse_args(options).run
+
+
+def test_outputs_are_compared_until_they_part():
+    some = [([7, 8, 9], [-1.0, -2.0, -3.0], [-4.0]), ([1], [-1.0], [])]
+    others = [([7, 5, 9], [-1.5, -9.0, -9.0], [-4.25]), ([1], [-1.0], [])]
+    assert far(some, others) == (0.25, 0.5)
