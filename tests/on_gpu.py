@@ -64,7 +64,7 @@ def parts(scratch: Path) -> dict[str, Part]:
         found[name] = Part((made, run), 400, 0.94)
     kernels = "tests.kernels"
     return found | {
-        "engine": Part((("-m", "tests.engine_on_gpu"),), 300),
+        "engine": Part((("-m", "tests.engine_on_gpu"),), 400),
         "attention": Part((("-m", f"{kernels}.attention_on_gpu"),), 500),
         "products": Part((("-m", f"{kernels}.products_on_gpu"),), 200),
         "int8 products": Part((("-m", f"{kernels}.products_on_gpu", "--format", "int8"),), 200),

@@ -5,8 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from jaxinfer.bench.__main__ import _parser
-from tests import on_gpu
-from tests.engine_on_gpu import far
+from tests import engine_on_gpu, on_gpu
 from tests.on_gpu import Part
 
 
@@ -54,7 +53,66 @@ def test_commands_are_those_that_there_are(tmp_path):
                 assert _parser().parse_args(options).run
 
 
-def test_outputs_are_compared_until_they_part():
-    some = [([7, 8, 9], [-1.0, -2.0, -3.0], [-4.0]), ([1], [-1.0], [])]
-    others = [([7, 5, 9], [-1.5, -9.0, -9.0], [-4.25]), ([1], [-1.0], [])]
-    assert far(some, others) == (0.25, 0.5)
+class Engine:
+    def __init__(self, options):
+        self.options = options
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def stats(self):
+        return {"steps": 1}
+
+
+def test_outputs_are_compared_as_far_as_they_follow_the_same_tokens():
+    some = [([7, 8, 9], [{7: -1.0}, {8: -2.0, 5: -2.5}, {9: -3.0}]), ([1], [{1: -1.0}])]
+    others = [([7, 5, 9], [{7: -1.5}, {5: -2.0, 8: -2.25}, {9: -9.0}]), ([1], [{2: -1.0}])]
+    assert sorted(engine_on_gpu.differences(some, others)) == [0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("apart", "named", "failed"),
+    [(0.02, 20, 0), (0.08, 20, 1), (0.02, 1, 1), (0.0, 0, 1), ("one", 20, 1)],
+)
+def test_what_is_wrong_with_an_engine(monkeypatch, capsys, apart, named, failed):
+    """Too far apart on average or in one place, or too little to tell: each is one failure."""
+    engines = []
+
+    def engine(model, **options):
+        engines.append(options)
+        return Engine(options)
+
+    def scored(llm, prompts):
+        kernel = llm.options["attention_backend"] == "kernel"
+        far = 0.0 if apart == "one" else apart * kernel
+        places = [dict.fromkeys(range(named), -1.0 - far) for _ in range(engine_on_gpu.DECODED)]
+        if apart == "one" and kernel:
+            places[3][0] = -2.0
+        return [([0] * engine_on_gpu.DECODED, places) for _ in prompts]
+
+    monkeypatch.setattr(engine_on_gpu, "LLM", engine)
+    monkeypatch.setattr(engine_on_gpu, "scored", scored)
+    assert engine_on_gpu.main(["--backend", "kernel", "--pages", "int8"]) == failed
+    assert capsys.readouterr().out.count("WRONG") == failed
+    assert [engine["kv_cache_dtype"] for engine in engines] == ["int8"] * 3
+    assert [engine.get("deterministic", False) for engine in engines] == [False, False, True]
+
+
+@pytest.mark.parametrize("other", ["again", "in another order", "alone"])
+def test_company_that_changes_what_a_deterministic_engine_says(monkeypatch, capsys, other):
+    calls = []
+
+    def scored(llm, prompts):
+        calls.append(prompts)
+        number = len(calls)
+        which = {2 + 2: "again", 2 + 3: "in another order"}.get(number, "alone" * (number > 5))
+        places = [dict.fromkeys(range(20), 0.0) for _ in range(engine_on_gpu.DECODED)]
+        return [([int(which == other)] * engine_on_gpu.DECODED, places) for _ in prompts]
+
+    monkeypatch.setattr(engine_on_gpu, "LLM", lambda model, **options: Engine(options))
+    monkeypatch.setattr(engine_on_gpu, "scored", scored)
+    assert engine_on_gpu.main(["--pages", "auto"]) == 1
+    assert f"deterministic, {other}: WRONG" in capsys.readouterr().out

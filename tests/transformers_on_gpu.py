@@ -68,17 +68,24 @@ def seconds(model: Any, ids: Any, new: int) -> float:
 
 
 def scored(folder: str, prompts: list[list[int]], **engine: Any) -> Any:
-    """The engine's log-probabilities of the prompts, and of what it decodes, with the tokens."""
-    params = SamplingParams(
-        temperature=0, max_tokens=DECODED, prompt_logprobs=0, logprobs=0, ignore_eos=True,
-        detokenize=False,
+    """The engine's log-probabilities of the tokens of prompts, and of what it decodes from them.
+
+    By two ways: where those of prompts are wanted, a step has no more tokens than rows, so each
+    passes for a row of its own; else prompts run in chunks.
+    """
+    ways: tuple[Any, ...] = (
+        dict(max_tokens=1, prompt_logprobs=0), dict(max_tokens=DECODED, logprobs=0)
     )  # fmt: skip
     limits = dict(max_batch_size=8, max_num_tokens=64, max_seq_len=1024, num_pages=200)
-    with LLM(folder, dtype="bfloat16", skip_tokenizer_init=True, **limits, **engine) as llm:
-        outputs: Any = llm.generate(prompts, params)
-    for prompt, output in zip(prompts, outputs, strict=True):
+    engine |= dict(dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False)
+    found: list[Any] = []
+    with LLM(folder, **limits, **engine) as llm:
+        for way in ways:
+            params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **way)
+            found.append(llm.generate(prompts, params))
+    for prompt, first, output in zip(prompts, *found, strict=True):
         ids = output.outputs[0].token_ids
-        entries = output.prompt_logprobs[1:] + output.outputs[0].logprobs
+        entries = first.prompt_logprobs[1:] + output.outputs[0].logprobs
         told = [
             entry[token].logprob for token, entry in zip(prompt[1:] + ids, entries, strict=True)
         ]

@@ -68,7 +68,7 @@ def product(x: Array, values_DF: Array) -> Array:
 
 
 def square(left: Array, right_FD: Array) -> Array:
-    sums = jnp.int32 if left.dtype == jnp.int8 else jnp.float32
+    sums = jnp.int32 if left.dtype == jnp.int8 else jnp.bfloat16
     contract = (((1,), (1,)), ((), ()))
     return lax.dot_general(left, right_FD, contract, preferred_element_type=sums)
 
@@ -152,8 +152,8 @@ def measure(
 
 
 def squares(n: int, weight: Array, values: Array) -> Callable[[], tuple[float, float]]:
-    """A function that says what rates square products of an array's numbers reach now, by n: how
-    fast a chip may run depends on how warm it has become."""
+    """A function that says at which rate products of two `[n, n]` matrices run now, of a weight's
+    numbers and of its quantised values': how fast a chip may run depends on how warm it is."""
     bigs = [jax.jit(lambda w: jnp.resize(w.ravel(), (n, n)))(w) for w in (weight, values)]
     calls = [compiled(square, big, big) for big in bigs]
 
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("fp8", "int8"), default="fp8")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--shrink", type=int, default=1, help="divide D and F by this")
-    parser.add_argument("--only", nargs="+", help="of qkv, out, gate_up, down, chain")
+    parser.add_argument("--only", nargs="+", choices=(*cases.LAYER, "chain"))
     args = parser.parse_args()
     platform, name, T = jax.default_backend(), args.format, args.tokens
     kernels = with_kernels()
