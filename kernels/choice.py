@@ -119,13 +119,22 @@ def _make_tpu(chip: Chip, why: str) -> PageOps:
     )  # fmt: skip
 
 
-def _refuse_gpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
+def gpu_refusal(chip: Chip | None) -> str | None:
+    """Why this jax has no kernels for a chip as a GPU, whatever they are to compute; None if it
+    may."""
     if chip is None or chip.gpu is None:
         return "the device is no NVIDIA GPU that has a sheet in configs/hardware"
     if jax.__version_info__ < GPU_NEEDS_JAX:
         return (
             f"the GPU kernels need jax {'.'.join(map(str, GPU_NEEDS_JAX))}, found {jax.__version__}"
         )
+    return None
+
+
+def _refuse_gpu(chip: Chip | None, q_TKGH: Any, pool: Pool) -> str | None:
+    if refused := gpu_refusal(chip):
+        return refused
+    assert chip is not None
     from jaxinfer.kernels.gpu import Gpu
     from jaxinfer.kernels.paged_attention_gpu import why_not
 

@@ -299,10 +299,9 @@ def _grouped_tpu(chip: Chip | None) -> Implementation:
 
 
 def _on_gpu(op: str, case: cases.Product, chip: Chip | None) -> Implementation:
-    if chip is None or chip.gpu is None:
-        raise ConfigError("mosaic_gpu: the device is no NVIDIA GPU that has a sheet")
-    if jax.__version_info__ < choice.GPU_NEEDS_JAX:
-        raise ConfigError(f"mosaic_gpu: the kernels need a newer jax than {jax.__version__}")
+    if refused := choice.gpu_refusal(chip):
+        raise ConfigError(f"mosaic_gpu: {refused}")
+    assert chip is not None
     module = import_module(f"jaxinfer.kernels.{op}_gpu")
     gpu = import_module("jaxinfer.kernels.gpu").Gpu.of(chip)
     x_TD, weight, _ = cases.abstract_product(case)

@@ -54,6 +54,8 @@ def test_commands_are_those_that_there_are(tmp_path):
 
 
 class Engine:
+    """Knows its options, and computes nothing."""
+
     def __init__(self, options):
         self.options = options
 
@@ -103,12 +105,10 @@ def test_what_is_wrong_with_an_engine(monkeypatch, capsys, apart, named, failed)
 
 @pytest.mark.parametrize("other", ["again", "in another order", "alone"])
 def test_company_that_changes_what_a_deterministic_engine_says(monkeypatch, capsys, other):
-    calls = []
+    calls = iter(["kernel", "reference", "together", "again", "in another order"])
 
     def scored(llm, prompts):
-        calls.append(prompts)
-        number = len(calls)
-        which = {2 + 2: "again", 2 + 3: "in another order"}.get(number, "alone" * (number > 5))
+        which = next(calls, "alone")
         places = [dict.fromkeys(range(20), 0.0) for _ in range(engine_on_gpu.DECODED)]
         return [([int(which == other)] * engine_on_gpu.DECODED, places) for _ in prompts]
 

@@ -24,7 +24,7 @@ from jaxinfer.aot.hlo import parse
 from jaxinfer.aot.report import read
 from jaxinfer.configs import find_chip
 from jaxinfer.kernels import cases, timing, workloads
-from jaxinfer.kernels.choice import GPU_NEEDS_JAX
+from jaxinfer.kernels.choice import gpu_refusal
 from jaxinfer.kernels.quantized import Quantized, quantize, quantize_activations
 from jaxinfer.kernels.quantized_matmul import quantized_matmul
 from jaxinfer.kernels.xla_options import compiler_options
@@ -106,8 +106,9 @@ def feed_forward_in_one_pass(
 def with_kernels() -> Callable[..., Array] | None:
     """`quantized_matmul` with this GPU's kernel; None where there is no such GPU."""
     chip = find_chip(jax.devices()[0].device_kind)
-    if chip is None or chip.gpu is None or jax.__version_info__ < GPU_NEEDS_JAX:
+    if gpu_refusal(chip):
         return None
+    assert chip is not None
     from jaxinfer.kernels import quantized_matmul_gpu
     from jaxinfer.kernels.gpu import Gpu
 
