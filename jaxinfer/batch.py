@@ -1,19 +1,23 @@
-"""A step's inputs as arrays: packs a plan into padded shapes.  The buckets are those shapes.
+"""A step's inputs: packs a plan into padded shapes, in one array.  The buckets are those shapes.
 
-Every array is freshly made for its step and never written again: on CPU the device may read a
-NumPy argument after the call that passed it has returned.
+The array is freshly made for its step and never written again: on CPU the device may read a NumPy
+argument after the call that passed it has returned.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import jax
 import numpy as np
 from flax import struct
 
 from jaxinfer.errors import BucketError
 from jaxinfer.kernels.rows import Rows
+from jaxinfer.layout import Layout
 from jaxinfer.sampling import SamplingRows, SamplingTable
 from jaxinfer.scheduler import Limits, Plan
 from jaxinfer.shapes import Leaf
@@ -30,39 +34,43 @@ SMALLEST = {"gpu": 2}
 
 
 @struct.dataclass
-class Inputs:
-    """What the backbone reads: rows and positions; the tokens themselves are in the history.
-
-    slots_B: each row's row in the history.  selected_B: tokens whose hidden state is returned.
-    """
-
-    slots_B: Leaf
-    selected_B: Leaf
-    rows: Rows
-
-
-@struct.dataclass
 class Selection:
-    """What head and sampler read, one entry per selected token; see `sampling.sample`."""
+    """For whom head and sampler choose tokens: an entry for each row that a step may have, those
+    beyond the selected ones for the dump slot; see `sampling.sample`."""
 
     slots_B: Leaf
     positions_B: Leaf
     targets_B: Leaf
     features: Leaf
-    table: SamplingTable
+
+
+@struct.dataclass
+class Inputs:
+    """All that a step reads of its plan; the tokens themselves are in the history.
+
+    slots_B: each row's row in the history.  selected_B: tokens whose hidden state the head reads.
+    selection: a `Selection` as one array, laid out by `selection_layout`.
+    """
+
+    slots_B: Leaf
+    selected_B: Leaf
+    rows: Rows
+    selection: Leaf
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed plan.  `selection` is None if the step samples nothing (a chunk inside a prompt)."""
+    """A packed plan.
 
-    inputs: Inputs
-    selection: Selection | None
+    joined: `Inputs` as one array, laid out by `inputs_layout`.  num_tokens: of the backbone,
+    padding included.  num_selected: rows of the head, likewise; None if the step samples nothing (a
+    chunk inside a prompt).  table: the sampling parameters, on the device.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step, padding included."""
-        return len(self.inputs.rows.positions_T)
+    joined: np.ndarray
+    num_tokens: int
+    num_selected: int | None
+    table: SamplingTable
 
 
 @dataclass(frozen=True)
@@ -122,14 +130,44 @@ def _fit(sizes: tuple[int, ...], count: int, what: str) -> int:
     return sizes[index]
 
 
-def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
-    count = len(values)
-    if count == size:
-        return values.astype(np.int32)
-    out = np.empty((size, *values.shape[1:]), np.int32)
-    out[:count] = values
-    out[count:] = fill
-    return out
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+@cache
+def selection_layout(max_batch_size: int) -> Layout:
+    """How what the backbone hands on to the head lies in one array."""
+    rows = _ints(max_batch_size)
+    return Layout(Selection(slots_B=rows, positions_B=rows, targets_B=rows, features=_ints()))
+
+
+@cache
+def inputs_layout(num_tokens: int, buckets: Buckets, limits: Limits) -> Layout:
+    """How the inputs of the backbone for this many tokens lie in one array."""
+    rows, most = buckets.num_rows(num_tokens), limits.max_batch_size
+    return Layout(
+        Inputs(
+            slots_B=_ints(rows),
+            selected_B=_ints(min(num_tokens, most)),
+            rows=Rows(
+                positions_T=_ints(num_tokens),
+                rows_T=_ints(num_tokens),
+                query_starts_B=_ints(rows),
+                query_lens_B=_ints(rows),
+                kv_lens_B=_ints(rows),
+                page_table_BM=_ints(rows, limits.pages_per_row),
+                num_tokens=_ints(),
+                num_rows=_ints(),
+                num_single=_ints(),
+            ),
+            selection=_ints(selection_layout(most).size),
+        )
+    )
+
+
+def _fill(out: np.ndarray, values: np.ndarray, padding: int = 0) -> None:
+    out[: len(values)] = values
+    out[len(values) :] = padding
 
 
 def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -> Batch:
@@ -149,32 +187,29 @@ def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -
     else:
         which, lens_B, num_single = slice(None), plan.lens_B, plan.num_single
         kv_lens_B = plan.starts_B + plan.lens_B
-    inputs = Inputs(
-        slots_B=_padded(plan.slots_B[which], num_rows, dump),
-        selected_B=_padded(plan.selected_B, min(num_tokens, limits.max_batch_size)),
-        rows=Rows(
-            positions_T=_padded(positions_T, num_tokens),
-            rows_T=_padded(rows_T, num_tokens, num_rows - 1),
-            query_starts_B=_padded(offsets_B, num_rows),
-            query_lens_B=_padded(lens_B, num_rows),
-            kv_lens_B=_padded(kv_lens_B, num_rows),
-            page_table_BM=_padded(plan.tables_BM[which], num_rows),
-            num_tokens=np.int32(plan.num_tokens),
-            num_rows=np.int32(len(kv_lens_B)),
-            num_single=np.int32(num_single),
-        ),
-    )
-    if len(plan.selected_B) == 0:
-        return Batch(inputs, None)
-    num_selected = _fit(buckets.rows, len(plan.selected_B), "rows")
-    selection = Selection(
-        slots_B=_padded(plan.selected_slots_B, num_selected, dump),
-        positions_B=_padded(plan.selected_positions_B, num_selected),
-        targets_B=_padded(plan.targets_B, num_selected, 0),
-        features=np.bitwise_or.reduce(sampling.features_B.take(plan.selected_slots_B)),
-        table=sampling.table(),
-    )
-    return Batch(inputs, selection)
+    layout = inputs_layout(num_tokens, buckets, limits)
+    joined = np.empty(layout.size, np.int32)
+    inputs, count = layout.split(joined), len(plan.selected_B)
+    _fill(inputs.slots_B, plan.slots_B[which], dump)
+    _fill(inputs.selected_B, plan.selected_B)
+    rows = inputs.rows
+    _fill(rows.positions_T, positions_T)
+    _fill(rows.rows_T, rows_T, num_rows - 1)
+    _fill(rows.query_starts_B, offsets_B)
+    _fill(rows.query_lens_B, lens_B)
+    _fill(rows.kv_lens_B, kv_lens_B)
+    _fill(rows.page_table_BM, plan.tables_BM[which])
+    rows.num_tokens[...] = plan.num_tokens
+    rows.num_rows[...] = len(kv_lens_B)
+    rows.num_single[...] = num_single
+    selection = selection_layout(limits.max_batch_size).split(inputs.selection)
+    _fill(selection.slots_B, plan.selected_slots_B, dump)
+    _fill(selection.positions_B, plan.selected_positions_B)
+    _fill(selection.targets_B, plan.targets_B)
+    features = sampling.features_B.take(plan.selected_slots_B)
+    selection.features[...] = np.bitwise_or.reduce(features)
+    num_selected = _fit(buckets.rows, count, "rows") if count else None
+    return Batch(joined, num_tokens, num_selected, sampling.table())
 
 
 def idle(num_tokens: int, buckets: Buckets, limits: Limits, sampling: SamplingRows) -> Batch:

@@ -24,9 +24,9 @@ from jaxinfer.loading import load
 from jaxinfer.output import Collector, TokenLogprobs
 from jaxinfer.pages import Pages
 from jaxinfer.request import CompletionOutput, Request, RequestOutput, SamplingParams
-from jaxinfer.sampling import Sampled, SamplingRows
+from jaxinfer.sampling import SamplingRows
 from jaxinfer.scheduler import Plan, Scheduler
-from jaxinfer.step import Step
+from jaxinfer.step import Results, Step
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.validation import check_types, make_requests
 
@@ -79,7 +79,7 @@ class LLM:
         self._compile_seconds = self.step.compile_seconds
         self._lock = threading.RLock()
         self._closed: str | None = None  # why it cannot be used any more
-        self._pending: tuple[Plan, Sampled | None] | None = None
+        self._pending: tuple[Plan, Results | None] | None = None
         # Called with the plan of each step when its results are in; for measurements.
         self.observer: Callable[[Plan], None] | None = None
         self._live: dict[str, Collector] = {}
@@ -105,8 +105,8 @@ class LLM:
             for request in plan.admitted:
                 self._admit(request)
             batch = pack(plan, self.step.buckets, self.limits, self._sampling)
-            self._state, sampled = self.step(self._weights, self._state, batch)
-            self._pending = plan, sampled
+            self._state, results = self.step(self._weights, self._state, batch)
+            self._pending = plan, results
             self._count(plan, batch.num_tokens)
         if not self.engine_config.overlap and self._pending:
             done, self._pending = self._pending, None
@@ -119,19 +119,19 @@ class LLM:
         self._sampling.set(request.slot, request)
         self._state = self.step.admit(self._state, request.slot, request.known_token_ids)
 
-    def _commit(self, plan: Plan, sampled: Sampled | None) -> None:
+    def _commit(self, plan: Plan, results: Results | None) -> None:
         """Read a step's tokens and hand them to the scheduler and to their collectors."""
+        sampled = results.read() if results else None
         count = len(plan.selected_B)
-        tokens_B = np.asarray(sampled.tokens_B)[:count] if sampled else np.zeros(0, np.int32)
+        tokens_B = sampled.tokens_B[:count] if sampled else np.zeros(0, np.int32)
         commit = self.scheduler.commit(plan, tokens_B)
         for request in commit.first:
             self._live[request.request_id].note_first_token(request)
         logprobs = None
         if sampled and any(_wants_logprobs(request.params) for request, _ in commit.news):
             logprobs = TokenLogprobs(
-                np.asarray(sampled.logprobs_B), np.asarray(sampled.ranks_B),
-                np.asarray(sampled.top_ids_BC), np.asarray(sampled.top_logprobs_BC),
-            )  # fmt: skip
+                sampled.logprobs_B, sampled.ranks_B, sampled.top_ids_BC, sampled.top_logprobs_BC
+            )
         for request, entry in commit.news:
             scored = bool(plan.targets_B[entry] >= 0)
             collector = self._live[request.request_id]

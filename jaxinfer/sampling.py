@@ -8,6 +8,7 @@ logits, parameters and history only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flax import struct
 from jax import Array, lax
 
 from jaxinfer.distribution import argmax, argmax_of_columns, masses, pick, top
+from jaxinfer.layout import Layout
 from jaxinfer.request import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -25,6 +27,7 @@ from jaxinfer.request import (
     MAX_STOP_TOKEN_IDS,
     Request,
 )
+from jaxinfer.shapes import Leaf
 
 SAMPLED, FILTERED, PENALISED, BIASED, BAD_WORDS, MIN_TOKENS, LOGPROBS, TOP_LOGPROBS = (
     1 << bit for bit in range(8)
@@ -68,11 +71,29 @@ class Sampled:
     All but `tokens_B` are zeros unless a row of the step asked for log-probabilities.
     """
 
-    tokens_B: Array
-    logprobs_B: Array
-    ranks_B: Array
-    top_ids_BC: Array
-    top_logprobs_BC: Array
+    tokens_B: Leaf
+    logprobs_B: Leaf
+    ranks_B: Leaf
+    top_ids_BC: Leaf
+    top_logprobs_BC: Leaf
+
+
+@cache
+def sampled_layout(rows: int) -> Layout:
+    """How `Sampled` for so many rows lies in one array."""
+
+    def shape(dtype: type, *more: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, *more), dtype)
+
+    return Layout(
+        Sampled(
+            tokens_B=shape(np.int32),
+            logprobs_B=shape(np.float32),
+            ranks_B=shape(np.int32),
+            top_ids_BC=shape(np.int32, MAX_LOGPROBS),
+            top_logprobs_BC=shape(np.float32, MAX_LOGPROBS),
+        )
+    )
 
 
 class SamplingRows:

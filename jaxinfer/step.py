@@ -24,14 +24,13 @@ from jax.stages import Lowered
 from tqdm import tqdm
 
 from jaxinfer import cache, shardings
-from jaxinfer.batch import Batch, Buckets, Inputs, Selection
+from jaxinfer.batch import Batch, Buckets, Inputs, inputs_layout, selection_layout
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.choice import PageOps
-from jaxinfer.kernels.rows import Rows
 from jaxinfer.kernels.xla_options import compiler_options
 from jaxinfer.models import decoder
-from jaxinfer.sampling import Sampled, SamplingTable, sample
+from jaxinfer.sampling import Sampled, SamplingTable, sample, sampled_layout
 from jaxinfer.scheduler import Limits
 from jaxinfer.shapes import Leaf
 
@@ -40,15 +39,31 @@ logger = logging.getLogger(__name__)
 
 @struct.dataclass
 class State:
-    """What one step leaves to the next; donated, so an old state cannot be used again.
+    """What one program leaves to the next; donated, so an old state cannot be used again.
 
     history_BT: the token ids of each slot's sequence by position: the prompt from its admission on,
     then each sampled token, which the next step finds here before the host has seen it.  The last
     row takes what belongs to padding.
+    hidden_BD: hidden states that the head reads, as many as a step may have; those beyond the
+    backbone's are of an earlier step.  selection: whose they are, a `Selection` as one array.
     """
 
     cache: Cache
     history_BT: Leaf
+    hidden_BD: Leaf
+    selection: Leaf
+
+
+@struct.dataclass
+class Results:
+    """What a step sampled: `Sampled` for so many rows, as one array still on the device."""
+
+    joined: Array
+    num_rows: int = struct.field(pytree_node=False)
+
+    def read(self) -> Sampled:
+        """On the host; waits for the step."""
+        return sampled_layout(self.num_rows).split(np.asarray(self.joined))
 
 
 def backbone(
@@ -58,42 +73,47 @@ def backbone(
     *,
     config: ModelConfig,
     ops: PageOps,
-    num_hidden: int,
-) -> tuple[State, Array]:
-    """Run the tokens through the layers; returns hidden states of the selected ones, padded with
-    zeros to `[num_hidden, D]`, so that one program of the head fits every backbone."""
+) -> State:
+    """Run the tokens through the layers, and leave the hidden states of the selected ones and who
+    they are to the head: so one program of it fits every backbone."""
     rows = inputs.rows
     tokens_T = state.history_BT[inputs.slots_B[rows.rows_T], rows.positions_T]
     written, hidden_TD = decoder.forward(weights, state.cache, tokens_T, rows, config, ops)
     hidden_BD = hidden_TD[inputs.selected_B]
-    hidden_BD = jnp.pad(hidden_BD, [(0, num_hidden - len(hidden_BD)), (0, 0)])
-    return dataclasses.replace(state, cache=written), hidden_BD
+    return dataclasses.replace(
+        state,
+        cache=written,
+        hidden_BD=lax.dynamic_update_slice_in_dim(state.hidden_BD, hidden_BD, 0, axis=0),
+        selection=lax.dynamic_update_slice_in_dim(state.selection, inputs.selection, 0, axis=0),
+    )
 
 
 def head(
     weights: dict[str, Any],
     history_BT: Array,
     hidden_BD: Array,
-    selection: Selection,
+    selection: Array,
+    table: SamplingTable,
     *,
     config: ModelConfig,
+    num_rows: int,
 ) -> tuple[Array, Sampled]:
-    """Logits of the selected positions, their next tokens, and these written to the history."""
-    hidden_BD = hidden_BD[: len(selection.slots_B)]
-    logits_VB = decoder.logits(weights, hidden_BD, config)
+    """Logits of the first selected positions, their next tokens, and these written to the
+    history."""
+    chosen = selection_layout(len(hidden_BD)).split(selection)
+    slots_B, positions_B = chosen.slots_B[:num_rows], chosen.positions_B[:num_rows]
+    logits_VB = decoder.logits(weights, hidden_BD[:num_rows], config)
     sampled = sample(
         logits_VB,
         history_BT,
-        selection.table,
-        selection.slots_B,
-        selection.positions_B,
-        selection.targets_B,
-        selection.features,
+        table,
+        slots_B,
+        positions_B,
+        chosen.targets_B[:num_rows],
+        chosen.features,
     )
     # A sequence at its very limit has no place for its last token, and nobody will read it.
-    history_BT = history_BT.at[selection.slots_B, selection.positions_B + 1].set(
-        sampled.tokens_B, mode="drop"
-    )
+    history_BT = history_BT.at[slots_B, positions_B + 1].set(sampled.tokens_B, mode="drop")
     return history_BT, sampled
 
 
@@ -118,16 +138,19 @@ class Step:
     ):
         self.config, self.mesh, self.limits, self.buckets = config, mesh, limits, buckets
         self.dtype, self.ops = dtype, ops
-        whole = shardings.replicated(mesh)
-        history = jax.ShapeDtypeStruct(
-            (limits.max_batch_size + 1, limits.pages_per_row * limits.page_size),
-            jnp.int32,
-            sharding=whole,
-        )
+        rows = limits.max_batch_size
         pool = cache.abstract(
             config, num_pages, limits.page_size, cache_dtype, mesh, row_major=ops.row_major
         )
-        self.abstract_state = State(cache=pool, history_BT=history)
+        hidden = jax.ShapeDtypeStruct(
+            (rows, config.hidden_size), dtype, sharding=shardings.replicated(mesh)
+        )
+        self.abstract_state = State(
+            cache=pool,
+            history_BT=self._ints(rows + 1, limits.pages_per_row * limits.page_size),
+            hidden_BD=hidden,
+            selection=self._ints(selection_layout(rows).size),
+        )
         self.compile_seconds = 0.0
         self._backbones: dict[int, Any] = {}
         self._heads: dict[int, Any] = {}
@@ -146,14 +169,18 @@ class Step:
 
     def __call__(
         self, weights: dict[str, Any], state: State, batch: Batch
-    ) -> tuple[State, Sampled | None]:
-        state, hidden_BD = self._backbones[batch.num_tokens](weights, state, batch.inputs)
-        if batch.selection is None:
+    ) -> tuple[State, Results | None]:
+        state = self._backbones[batch.num_tokens](weights, state, batch.joined)
+        if batch.num_selected is None:
             return state, None
-        run_head = self._heads[len(batch.selection.slots_B)]
+        run_head = self._heads[batch.num_selected]
         top = {name: leaf for name, leaf in weights.items() if name != "layers"}
-        history_BT, sampled = run_head(top, state.history_BT, hidden_BD, batch.selection)
-        return dataclasses.replace(state, history_BT=history_BT), sampled
+        history_BT, joined = run_head(
+            top, state.history_BT, state.hidden_BD, state.selection, batch.table
+        )
+        return dataclasses.replace(state, history_BT=history_BT), Results(
+            joined, batch.num_selected
+        )
 
     def admit(self, state: State, slot: int, token_ids: np.ndarray) -> State:
         """Enter a request's known tokens into the history, before the first step that runs it."""
@@ -208,56 +235,34 @@ class Step:
 
     def lower_backbone(self, weights: dict[str, Any], size: int) -> Lowered:
         """The backbone for `size` tokens; under `jax.set_mesh`, as the head."""
-        rows = self.buckets.num_rows(size)
-        inputs = Inputs(
-            slots_B=self._ints(rows),
-            selected_B=self._ints(min(size, self.limits.max_batch_size)),
-            rows=Rows(
-                positions_T=self._ints(size),
-                rows_T=self._ints(size),
-                query_starts_B=self._ints(rows),
-                query_lens_B=self._ints(rows),
-                kv_lens_B=self._ints(rows),
-                page_table_BM=self._ints(rows, self.limits.pages_per_row),
-                num_tokens=self._ints(),
-                num_rows=self._ints(),
-                num_single=self._ints(),
-            ),
-        )
+        layout = inputs_layout(size, self.buckets, self.limits)
 
-        def run(weights, state, inputs):
-            return backbone(
-                weights, state, inputs, config=self.config, ops=self.ops,
-                num_hidden=self.limits.max_batch_size,
-            )  # fmt: skip
+        def run(weights, state, joined):
+            # Copied: what comes from the host lies elsewhere in each step, and of a CUDA graph XLA
+            # updates every kernel that reads it.  So one kernel does.
+            joined = lax.optimization_barrier(jnp.pad(joined, (0, 1)))
+            return backbone(weights, state, layout.split(joined), config=self.config, ops=self.ops)
 
         run.__name__ = f"backbone_{size}"
-        places = self._formats(), shardings.replicated(self.mesh)
-        jitted = jax.jit(run, donate_argnums=1, out_shardings=places)
-        return jitted.lower(weights, self.abstract_state, inputs)
+        jitted = jax.jit(run, donate_argnums=1, out_shardings=self._formats())
+        return jitted.lower(weights, self.abstract_state, self._ints(layout.size))
 
     def lower_head(self, weights: dict[str, Any], table: SamplingTable, size: int) -> Lowered:
         """Head and sampler for `size` rows."""
-        selection = Selection(
-            slots_B=self._ints(size),
-            positions_B=self._ints(size),
-            targets_B=self._ints(size),
-            features=self._ints(),
-            table=table,
-        )
-        hidden = jax.ShapeDtypeStruct(
-            (self.limits.max_batch_size, self.config.hidden_size),
-            self.dtype,
-            sharding=shardings.replicated(self.mesh),
-        )
+        layout = sampled_layout(size)
 
-        def run(weights, history_BT, hidden_BD, selection):
-            return head(weights, history_BT, hidden_BD, selection, config=self.config)
+        def run(weights, history_BT, hidden_BD, selection, table):
+            history_BT, sampled = head(
+                weights, history_BT, hidden_BD, selection, table,
+                config=self.config, num_rows=size,
+            )  # fmt: skip
+            return history_BT, layout.join(lax.optimization_barrier(sampled))  # again, one kernel
 
         run.__name__ = f"head_{size}"
         top = {name: leaf for name, leaf in weights.items() if name != "layers"}
+        state = self.abstract_state
         return jax.jit(run, donate_argnums=1).lower(
-            top, self.abstract_state.history_BT, hidden, selection
+            top, state.history_BT, state.hidden_BD, state.selection, table
         )
 
 
