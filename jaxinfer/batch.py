@@ -49,13 +49,12 @@ class Inputs:
     """All that a step reads of its plan; the tokens themselves are in the history.
 
     slots_B: each row's row in the history.  selected_B: tokens whose hidden state the head reads.
-    selection: a `Selection` as one array, laid out by `selection_layout`.
     """
 
     slots_B: Leaf
     selected_B: Leaf
     rows: Rows
-    selection: Leaf
+    selection: Selection
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,6 @@ def _ints(*shape: int) -> Any:
 
 
 @cache
-def selection_layout(max_batch_size: int) -> Layout:
-    """How what the backbone hands on to the head lies in one array."""
-    rows = _ints(max_batch_size)
-    return Layout(Selection(slots_B=rows, positions_B=rows, targets_B=rows, features=_ints()))
-
-
-@cache
 def inputs_layout(num_tokens: int, buckets: Buckets, limits: Limits) -> Layout:
     """How the inputs of the backbone for this many tokens lie in one array."""
     rows, most = buckets.num_rows(num_tokens), limits.max_batch_size
@@ -160,7 +152,7 @@ def inputs_layout(num_tokens: int, buckets: Buckets, limits: Limits) -> Layout:
                 num_rows=_ints(),
                 num_single=_ints(),
             ),
-            selection=_ints(selection_layout(most).size),
+            selection=Selection(_ints(most), _ints(most), _ints(most), _ints()),
         )
     )
 
@@ -202,7 +194,7 @@ def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -
     rows.num_tokens[...] = plan.num_tokens
     rows.num_rows[...] = len(kv_lens_B)
     rows.num_single[...] = num_single
-    selection = selection_layout(limits.max_batch_size).split(inputs.selection)
+    selection = inputs.selection
     _fill(selection.slots_B, plan.selected_slots_B, dump)
     _fill(selection.positions_B, plan.selected_positions_B)
     _fill(selection.targets_B, plan.targets_B)

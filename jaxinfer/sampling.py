@@ -216,14 +216,17 @@ def sample(
 
     logits_VB: the model's scores, float32.  history_BT: each slot's tokens by position, valid up to
     `positions_B`.  slots_B: the row of table and history of each.  targets_B: a known next token,
-    to score it, or -1 to choose one.  features: OR of the rows' feature bits.
+    to score it, or -1 to choose one.  There may be more of these than columns of logits; they are
+    not read.  features: OR of the rows' feature bits.
     """
-    rows = len(slots_B)
+    rows, whole = logits_VB.shape[1], (slots_B, positions_B, targets_B)
 
     def likeliest() -> Sampled:
         return Sampled(argmax_of_columns(logits_VB), *_no_logprobs(rows))
 
     def by_features() -> Sampled:
+        # Here and not before: what a branch is given is copied first, but for whole arrays.
+        slots_B, positions_B, targets_B = (leaf[:rows] for leaf in whole)
         row = jax.tree.map(lambda leaf: leaf[slots_B], table)
         raw_BV = logits_VB.T
         scores_BV = adjust(raw_BV, history_BT, row, slots_B, positions_B, features)

@@ -24,7 +24,7 @@ from jax.stages import Lowered
 from tqdm import tqdm
 
 from jaxinfer import cache, shardings
-from jaxinfer.batch import Batch, Buckets, Inputs, inputs_layout, selection_layout
+from jaxinfer.batch import Batch, Buckets, Inputs, Selection, inputs_layout
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.choice import PageOps
@@ -45,13 +45,13 @@ class State:
     then each sampled token, which the next step finds here before the host has seen it.  The last
     row takes what belongs to padding.
     hidden_BD: hidden states that the head reads, as many as a step may have; those beyond the
-    backbone's are of an earlier step.  selection: whose they are, a `Selection` as one array.
+    backbone's are of an earlier step.  selection: whose they are.
     """
 
     cache: Cache
     history_BT: Leaf
     hidden_BD: Leaf
-    selection: Leaf
+    selection: Selection
 
 
 @struct.dataclass
@@ -83,16 +83,21 @@ def backbone(
     return dataclasses.replace(
         state,
         cache=written,
-        hidden_BD=lax.dynamic_update_slice_in_dim(state.hidden_BD, hidden_BD, 0, axis=0),
-        selection=lax.dynamic_update_slice_in_dim(state.selection, inputs.selection, 0, axis=0),
+        hidden_BD=_in_place(state.hidden_BD, hidden_BD),
+        selection=jax.tree.map(_in_place, state.selection, inputs.selection),
     )
+
+
+def _in_place(old: Array, new: Array) -> Array:
+    """`new` in the memory of `old`, at its beginning."""
+    return lax.dynamic_update_slice(old, new, [0] * new.ndim)
 
 
 def head(
     weights: dict[str, Any],
     history_BT: Array,
     hidden_BD: Array,
-    selection: Array,
+    selection: Selection,
     table: SamplingTable,
     *,
     config: ModelConfig,
@@ -100,18 +105,16 @@ def head(
 ) -> tuple[Array, Sampled]:
     """Logits of the first selected positions, their next tokens, and these written to the
     history."""
-    chosen = selection_layout(len(hidden_BD)).split(selection)
-    slots_B, positions_B = chosen.slots_B[:num_rows], chosen.positions_B[:num_rows]
-    logits_VB = decoder.logits(weights, hidden_BD[:num_rows], config)
     sampled = sample(
-        logits_VB,
+        decoder.logits(weights, hidden_BD[:num_rows], config),
         history_BT,
         table,
-        slots_B,
-        positions_B,
-        chosen.targets_B[:num_rows],
-        chosen.features,
+        selection.slots_B,
+        selection.positions_B,
+        selection.targets_B,
+        selection.features,
     )
+    slots_B, positions_B = selection.slots_B[:num_rows], selection.positions_B[:num_rows]
     # A sequence at its very limit has no place for its last token, and nobody will read it.
     history_BT = history_BT.at[slots_B, positions_B + 1].set(sampled.tokens_B, mode="drop")
     return history_BT, sampled
@@ -149,7 +152,7 @@ class Step:
             cache=pool,
             history_BT=self._ints(rows + 1, limits.pages_per_row * limits.page_size),
             hidden_BD=hidden,
-            selection=self._ints(selection_layout(rows).size),
+            selection=Selection(self._ints(rows), self._ints(rows), self._ints(rows), self._ints()),
         )
         self.compile_seconds = 0.0
         self._backbones: dict[int, Any] = {}
@@ -220,7 +223,8 @@ class Step:
                 lowered = lower()
 
                 def finish(programs=programs, size=size, lowered=lowered) -> None:
-                    options = compiler_options(platform, size)
+                    backbone = programs is self._backbones
+                    options = compiler_options(platform, size, one_first=backbone)
                     programs[size] = lowered.compile(compiler_options=options)
                     bar.update()
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer.kernels.gpu import load
+from jaxinfer.kernels.paged_attention_gpu_units import full
 from jaxinfer.kernels.paged_attention_gpu_work import FLOOR
 
 # What a block of threads merges, query heads by columns: a number for each thread.
@@ -44,8 +45,9 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
     """
     _, heads, parts, padded, width = acc.shape
     rows = starts.shape[0] - 1
-    seed = jnp.full((heads, padded), FLOOR, jnp.float32)
-    seed = seed if sinks_KG is None else seed.at[:, :group].set(sinks_KG)
+    sinks = []
+    if sinks_KG is not None:
+        sinks = [jnp.pad(sinks_KG, [(0, 0), (0, padded - group)], constant_values=FLOOR)]
     # Padded to eights and wide by sixteens, heads fit the first piece if they fit no other.
     merged, piece = next(
         (count, piece) for count in (group, padded) for piece in PIECES
@@ -57,7 +59,8 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
         piece = piece[0], width
     along = width // piece[1]
 
-    def body(acc, stat, starts, seed, out):
+    def body(acc, stat, starts, *sinks_and_out):
+        *sinks, out = sinks_and_out
         row, head, at = (lax.axis_index(name) for name in ("row", "head", "piece"))
         some = pl.ds(lax.rem(at, jnp.int32(across)) * piece[0], piece[0])
         columns = pl.ds(lax.div(at, jnp.int32(across)) * piece[1], piece[1])
@@ -92,9 +95,11 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
                 values += other_values * over_columns(shrink)
             return total, new_peak, values
 
-        zeros = plgpu.layout_cast(jnp.zeros(piece, jnp.float32), layout)
-        peak = read(seed.at[head, some], layout.reduce(1))
-        total = jnp.where(peak > FLOOR, 1.0, 0.0)
+        zeros = full(0, layout, *piece)
+        peak, total = full(FLOOR, layout.reduce(1), piece[0]), full(0, layout.reduce(1), piece[0])
+        if sinks:
+            peak = read(sinks[0].at[head, some], layout.reduce(1))
+            total = jnp.where(peak > FLOOR, 1.0, 0.0)
         turns = lax.div(last - first + (AT_ONCE - 1), jnp.int32(AT_ONCE))
         total, _, values = lax.cond(
             (first < last) & (last - first <= FEW),
@@ -113,5 +118,5 @@ def merge(acc: Array, stat: Array, starts: Array, sinks_KG: Array | None, group:
         grid=(rows, heads, across * along),
         grid_names=("row", "head", "piece"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(acc, stat, starts, seed)
+    )(acc, stat, starts, *sinks)
     return out[:, :, :group]

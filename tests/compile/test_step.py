@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfer.aot import Workload, compile_engine
+from jaxinfer.aot.hlo import parse as parse_hlo
 from jaxinfer.aot.target import parse
 from tests.marks import NEEDS_MOSAIC_GPU
 
@@ -50,7 +51,7 @@ def test_a_step_of_the_reference(model, target, devices):
         assert program.host_callbacks == ()
         assert len(program.aliased) == program.donated
         is_head = name == "head"
-        assert program.donated == (1 if is_head else 2 * LAYERS + 3)  # pools and what is beside
+        assert program.donated == (1 if is_head else 2 * LAYERS + 6)  # pools and what is beside
         # Exchanged: two sums a layer and one to embed; of the head, the logits.
         reduced, gathered = (0, 1) if is_head else (2 * LAYERS + 1, 0)
         assert program.collective("all-reduce") == (reduced if devices > 1 else 0)
@@ -86,8 +87,47 @@ def test_a_step_with_the_chips_own_kernels(model, tmp_path, target, head_dim, ke
     for name, count in zip(("decode", "prefill"), kernels, strict=True):
         program = found.programs[name]
         assert sum(program.kernels.values()) == count * LAYERS
-        assert len(program.aliased) == program.donated == 2 * LAYERS + 3
+        assert len(program.aliased) == program.donated == 2 * LAYERS + 6
         assert [one for one in program.copies if one.bytes >= pool] == []
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("target", [pytest.param("h200:1", marks=NEEDS_MOSAIC_GPU)])
+def test_one_kernel_reads_what_comes_from_the_host_and_comes_before_all_others(
+    model, tmp_path, monkeypatch, target, kv_cache_dtype
+):
+    """XLA updates each node of a CUDA graph that reads what has moved, and of a graph that begins
+    with several kernels all but one may start late."""
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=^$"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    compile_engine(
+        target,
+        Workload(
+            model=str(model), batch=ROWS, context=1024, page_size=128, kv_cache_dtype=kv_cache_dtype
+        ),
+    )
+    (dumped,) = tmp_path.glob(f"*backbone_{ROWS}.*gpu_after_optimizations.txt")
+    entry = parse_hlo(dumped.read_text()).entry
+    views = {"bitcast", "tuple", "get-tuple-element"}
+
+    def readers(name):
+        for one in entry.users[name]:
+            yield from readers(one.name) if one.opcode in views else [one.name]
+
+    def needs_another(one):
+        return any(
+            other.opcode not in views | {"parameter", "constant"} or needs_another(other)
+            for other in (entry.instructions[name] for name in one.operands)
+        )
+
+    kernels = [
+        one for one in entry.instructions.values()
+        if one.opcode not in views | {"parameter", "constant"}
+    ]  # fmt: skip
+    assert len(kernels) > 10 * LAYERS
+    (joined,) = [one for one in entry.parameters if one.label == "joined"]
+    assert [one.name for one in kernels if not needs_another(one)] == list(readers(joined.name))
+    assert len(list(readers(joined.name))) == 1
 
 
 @pytest.mark.parametrize("target", ["v5e:1", "h100:1"])
