@@ -216,8 +216,8 @@ def sample(
 
     logits_VB: the model's scores, float32.  history_BT: each slot's tokens by position, valid up to
     `positions_B`.  slots_B: the row of table and history of each.  targets_B: a known next token,
-    to score it, or -1 to choose one.  There may be more of these than columns of logits; they are
-    not read.  features: OR of the rows' feature bits.
+    to score it, or -1 to choose one.  There may be more of these than columns of logits; those
+    beyond are not read.  features: OR of the rows' feature bits.
     """
     rows, whole = logits_VB.shape[1], (slots_B, positions_B, targets_B)
 
