@@ -62,14 +62,14 @@ class Batch:
     """A packed plan.
 
     joined: `Inputs` as one array, laid out by `inputs_layout`.  num_tokens: of the backbone,
-    padding included.  num_selected: rows of the head, likewise; None if the step samples nothing (a
-    chunk inside a prompt).  table: the sampling parameters, on the device.
+    padding included.  num_selected: rows of the head, likewise.  table: the sampling parameters, on
+    the device.  Both None if the step samples nothing (a chunk inside a prompt).
     """
 
     joined: np.ndarray
     num_tokens: int
     num_selected: int | None
-    table: SamplingTable
+    table: SamplingTable | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,11 @@ def _ints(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, np.int32)
 
 
+def selection_shapes(max_batch_size: int) -> Selection:
+    rows = _ints(max_batch_size)
+    return Selection(slots_B=rows, positions_B=rows, targets_B=rows, features=_ints())
+
+
 @cache
 def inputs_layout(num_tokens: int, buckets: Buckets, limits: Limits) -> Layout:
     """How the inputs of the backbone for this many tokens lie in one array."""
@@ -152,7 +157,7 @@ def inputs_layout(num_tokens: int, buckets: Buckets, limits: Limits) -> Layout:
                 num_rows=_ints(),
                 num_single=_ints(),
             ),
-            selection=Selection(_ints(most), _ints(most), _ints(most), _ints()),
+            selection=selection_shapes(most),
         )
     )
 
@@ -200,8 +205,9 @@ def pack(plan: Plan, buckets: Buckets, limits: Limits, sampling: SamplingRows) -
     _fill(selection.targets_B, plan.targets_B)
     features = sampling.features_B.take(plan.selected_slots_B)
     selection.features[...] = np.bitwise_or.reduce(features)
-    num_selected = _fit(buckets.rows, count, "rows") if count else None
-    return Batch(joined, num_tokens, num_selected, sampling.table())
+    if count == 0:
+        return Batch(joined, num_tokens, num_selected=None, table=None)
+    return Batch(joined, num_tokens, _fit(buckets.rows, count, "rows"), sampling.table())
 
 
 def idle(num_tokens: int, buckets: Buckets, limits: Limits, sampling: SamplingRows) -> Batch:

@@ -1,4 +1,4 @@
-"""One step on the device: `(weights, state, batch) → (state, sampled)`.
+"""One step on the device: `(weights, state, batch) → (state, results)`.
 
 `Step` is the table of compiled programs.  A step calls at most two of them, the backbone (one per
 number of tokens) and head with sampler (one per number of rows), so bucket counts add and do not
@@ -24,7 +24,7 @@ from jax.stages import Lowered
 from tqdm import tqdm
 
 from jaxinfer import cache, shardings
-from jaxinfer.batch import Batch, Buckets, Inputs, Selection, inputs_layout
+from jaxinfer.batch import Batch, Buckets, Inputs, Selection, inputs_layout, selection_shapes
 from jaxinfer.cache import Cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.kernels.choice import PageOps
@@ -152,7 +152,7 @@ class Step:
             cache=pool,
             history_BT=self._ints(rows + 1, limits.pages_per_row * limits.page_size),
             hidden_BD=hidden,
-            selection=Selection(self._ints(rows), self._ints(rows), self._ints(rows), self._ints()),
+            selection=jax.tree.map(lambda leaf: self._ints(*leaf.shape), selection_shapes(rows)),
         )
         self.compile_seconds = 0.0
         self._backbones: dict[int, Any] = {}
@@ -224,7 +224,7 @@ class Step:
 
                 def finish(programs=programs, size=size, lowered=lowered) -> None:
                     backbone = programs is self._backbones
-                    options = compiler_options(platform, size, one_first=backbone)
+                    options = compiler_options(platform, size, side_by_side=backbone)
                     programs[size] = lowered.compile(compiler_options=options)
                     bar.update()
 
@@ -260,7 +260,7 @@ class Step:
                 weights, history_BT, hidden_BD, selection, table,
                 config=self.config, num_rows=size,
             )  # fmt: skip
-            return history_BT, layout.join(lax.optimization_barrier(sampled))  # again, one kernel
+            return history_BT, layout.join(sampled)
 
         run.__name__ = f"head_{size}"
         top = {name: leaf for name, leaf in weights.items() if name != "layers"}

@@ -21,14 +21,14 @@ FEW_TOKENS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "
 
 
 def compiler_options(
-    platform: str, num_tokens: int, *, one_first: bool = True
+    platform: str, num_tokens: int, *, side_by_side: bool = True
 ) -> dict[str, str | bool] | None:
     """What XLA is to be told of a program for so many tokens; None: nothing.
 
-    one_first: whether all of its kernels come after one, such as the one that copies the inputs.
+    side_by_side: whether kernels of few tokens that do not need each other may run so.
     """
     if platform != "gpu":
         return None
     if num_tokens >= VENDORS_FROM:
         return GPU_OPTIONS | MANY_TOKENS
-    return GPU_OPTIONS | (FEW_TOKENS if one_first else {})
+    return GPU_OPTIONS | (FEW_TOKENS if side_by_side else {})

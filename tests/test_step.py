@@ -91,6 +91,19 @@ def test_packed_arrays_share_no_memory_with_the_plan(tiny_model):
         assert not any(np.shares_memory(batch.joined, source) for source in sources)
 
 
+def test_padding_is_sampled_into_nobodys_history(tiny_model):
+    """Three rows in a head of four: the fourth is the dump slot's, whatever it samples."""
+    prompts = [[3, 4, 5], [6, 7], [8] * 5]
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    with LLM(tiny_model, **ENGINE) as llm:
+        outputs = llm.generate(prompts, params)
+        history_BT = np.array(llm._state.history_BT)
+    for row_T, prompt, output in zip(history_BT, prompts, outputs, strict=False):
+        want = [*prompt, *output.outputs[0].token_ids]
+        assert row_T[: len(want)].tolist() == want
+    assert not history_BT[len(prompts) : -1].any()
+
+
 @pytest.mark.parametrize("finest", [8, 16, 256])
 def test_bucket_sizes_are_a_quarter_of_an_octave_apart_or_the_finest(finest):
     for limit in (1, 7, 32, 100, 256, 2048, 8192):

@@ -191,7 +191,7 @@ def _compile_here(target: targets.Target, workload: Workload) -> Estimate:
             lowered = lower(*arguments, size)
             seconds = time.perf_counter() - started
         try:
-            options = compiler_options(platform, size, one_first=name != "head")
+            options = compiler_options(platform, size, side_by_side=name != "head")
             programs[name] = finish(target, name, lowered, seconds, turns, options)
         except InsufficientMemoryError as error:
             refused[name] = str(error)
